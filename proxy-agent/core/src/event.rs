@@ -1,0 +1,118 @@
+//! Everything that can change the cluster state: a closed list.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use proxy_abi::MacBytes;
+
+use crate::diagnostic::Diagnostic;
+use crate::name::ObjectName;
+use crate::service::{EndpointSlice, Service};
+
+/// A source whose first full list must be complete before anything is deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    /// Services.
+    Services,
+    /// Endpoint slices.
+    EndpointSlices,
+    /// This node's Node object.
+    Node,
+    /// Interfaces of the node, from netlink.
+    Links,
+}
+
+impl Source {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Services, Self::EndpointSlices, Self::Node, Self::Links];
+}
+
+/// One change.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A Service is as given.
+    Service(Service),
+    /// A Service is gone, or is none of ours (headless, another proxy's, invalid).
+    ServiceGone(ObjectName),
+    /// An endpoint slice is as given.
+    Slice(EndpointSlice),
+    /// An endpoint slice is gone, or is none of ours.
+    SliceGone(ObjectName),
+    /// This node is as given.
+    Node(Node),
+    /// A pod interface is as given.
+    Link(PodLink),
+    /// An interface is gone, or is no pod interface any more.
+    LinkGone(u32),
+    /// Findings about one object replace the earlier ones under the same key; empty when it is well.
+    Diagnostics {
+        /// `Kind namespace/name`.
+        object: String,
+        /// The findings.
+        findings: Vec<Diagnostic>,
+    },
+    /// A source has been listed in full, in the events before this one. What it did not name is gone. Comes again
+    /// after each new listing (a relist after 410 Gone, a netlink resync).
+    Listed(Source, Listing),
+}
+
+/// What a full listing named: everything of that source that is not in it is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listing {
+    /// Names of Services or slices.
+    Objects(BTreeSet<ObjectName>),
+    /// Indices of pod interfaces.
+    Links(BTreeSet<u32>),
+    /// The node itself.
+    Node,
+}
+
+/// What the proxy needs of its own Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Name.
+    pub name: Arc<str>,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+    /// `spec.podCIDRs`.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Addresses of type `InternalIP`.
+    pub addresses: Vec<IpAddr>,
+    /// Has the taint `ToBeDeletedByClusterAutoscaler` or a deletion timestamp.
+    pub leaving: bool,
+}
+
+/// A host-side veth of a pod, with what may be done on it. Comes from netlink alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodLink {
+    /// Interface index in the node's network namespace.
+    pub ifindex: u32,
+    /// Interface name.
+    pub name: Arc<str>,
+    /// MAC of the pod's end.
+    pub pod_mac: MacBytes,
+    /// MAC of the bridge, or of the interface itself when it is not a bridge port.
+    pub gateway_mac: MacBytes,
+    /// Index of the bridge; 0 when it is not a bridge port.
+    pub bridge: u32,
+    /// The pod's global addresses, as bound by the rules of `binding`: never two links with one address.
+    pub addresses: Vec<IpAddr>,
+    /// The bridge's own global addresses, at most one of each family is used: what a pod sees as the source when it
+    /// reaches itself through a Service. Fills `DeviceEntry::gateway_ip4` and `gateway_ip6`.
+    pub gateways: Vec<IpAddr>,
+    /// Which way packets between two pods of the bridge may take.
+    pub path: LinkPath,
+}
+
+/// Which way packets may take from and to a pod interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LinkPath {
+    /// Redirect from veth to veth.
+    Redirect,
+    /// Through the bridge, switched: somebody else's program on the veth must see every packet.
+    Switch,
+    /// Through the bridge and the IP stack: port isolation or VLAN filtering keeps ports apart.
+    Stack,
+}

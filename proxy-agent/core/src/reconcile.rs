@@ -1,0 +1,254 @@
+//! The loop without its I/O: events in, operations out.
+
+use std::collections::BTreeMap;
+
+use crate::compile::{Capacity, Compiler};
+use crate::dataplane::Dataplane;
+use crate::diagnostic::Diagnostic;
+use crate::event::{Event, Source};
+use crate::plan::{Phase, TableDeltas};
+use crate::state::{Changed, ClusterState};
+use crate::tables::{Op, Row, Tables};
+
+/// Numbers that the reconciler lives by; times in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Number of entries of each map.
+    pub capacity: Capacity,
+    /// How long a program may act on what it read: ids and slots wait this long before they are used again. Programs
+    /// run for microseconds.
+    pub grace: u64,
+    /// Pause after the first failure of an operation; doubled with each further one.
+    pub first_retry: u64,
+    /// The longest pause.
+    pub last_retry: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { capacity: Capacity::default(), grace: 500, first_retry: 50, last_retry: 10_000 }
+    }
+}
+
+/// Owns the cluster state, what it was compiled to, and what the dataplane is known to hold.
+#[derive(Clone, Debug)]
+pub struct Reconciler {
+    settings: Settings,
+    state: ClusterState,
+    compiler: Compiler,
+    tables: TableDeltas,
+    dirty: Changed,
+    phase: Adoption,
+    /// Rows whose last operation failed.
+    retries: BTreeMap<Row, Retry>,
+    load_retry: Option<Retry>,
+}
+
+/// How far the reconciler has come with what it found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Adoption {
+    /// Nothing was read: nothing may be written.
+    Pending,
+    /// Ids are restored.
+    Done,
+    /// Somebody else may have written: read again before the next operation.
+    Reload,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Retry {
+    failures: u32,
+    at: u64,
+}
+
+/// What one [`Reconciler::sync`] did.
+#[derive(Debug)]
+pub struct SyncReport<E> {
+    /// Operations that succeeded.
+    pub applied: usize,
+    /// Operations that failed, each with its error. They are tried again.
+    pub failed: Vec<(Op, E)>,
+    /// Why the dataplane could not be read; nothing else was done then.
+    pub load_error: Option<E>,
+    /// Rows that are not certain to be as desired: failed, waiting for their pause to end, or for another row.
+    pub pending: usize,
+    /// When to call again if no event comes before; `None` = nothing is left to do.
+    pub retry_at: Option<u64>,
+    /// [`Reconciler::diagnostics`] gives another result than before this call and the events before it.
+    pub diagnostics_changed: bool,
+}
+
+impl Reconciler {
+    /// Knows nothing yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            state: ClusterState::default(),
+            compiler: Compiler::new(settings.capacity),
+            tables: TableDeltas::default(),
+            dirty: Changed::default(),
+            phase: Adoption::Pending,
+            retries: BTreeMap::new(),
+            load_retry: None,
+        }
+    }
+
+    /// Takes an event in. True when it changed something, and a [`Self::sync`] is due.
+    pub fn handle(&mut self, event: Event) -> bool {
+        let changed = self.state.apply(event);
+        let due = !changed.is_empty();
+        self.dirty.merge(changed);
+        due
+    }
+
+    /// Reads the dataplane again before the next operation: somebody else may have written to it.
+    pub fn reload(&mut self) {
+        if self.phase == Adoption::Done {
+            self.phase = Adoption::Reload;
+        }
+    }
+
+    /// Brings the dataplane nearer to the cluster state. Does nothing until every source has been listed once.
+    /// `now` is in milliseconds and never goes back.
+    ///
+    /// Rows whose operation failed wait for their pause to end; all others go on.
+    pub fn sync<D: Dataplane>(&mut self, dataplane: &mut D, now: u64) -> SyncReport<D::Error> {
+        let mut report = SyncReport {
+            applied: 0,
+            failed: Vec::new(),
+            load_error: None,
+            pending: 0,
+            retry_at: None,
+            diagnostics_changed: std::mem::take(&mut self.dirty.findings),
+        };
+        if !self.state.synced() {
+            return report;
+        }
+        if self.phase != Adoption::Done {
+            if let Some(retry) = self.load_retry.filter(|retry| now < retry.at) {
+                report.retry_at = Some(retry.at);
+                return report;
+            }
+            match dataplane.load() {
+                Ok(actual) => self.adopt(actual, now),
+                Err(error) => {
+                    let retry = self.settings.after_failure(self.load_retry, now);
+                    self.load_retry = Some(retry);
+                    report.load_error = Some(error);
+                    report.retry_at = Some(retry.at);
+                    return report;
+                }
+            }
+        }
+        self.compiler.release(&mut self.tables, now, self.settings.grace);
+        let dirty = std::mem::take(&mut self.dirty);
+        report.diagnostics_changed |= self.compiler.compile(&self.state, &dirty, &mut self.tables);
+        for phase in Phase::ALL {
+            self.run(phase, dataplane, now, &mut report);
+        }
+        self.compiler.settle(&self.tables, now);
+        report.pending = self.tables.pending_len();
+        report.retry_at = self.next_due(now);
+        report
+    }
+
+    /// The desired tables, as a copy.
+    pub fn tables(&self) -> Tables {
+        self.tables.desired()
+    }
+
+    /// Everything that is wrong with objects now: findings of the sources, then of the compiler.
+    pub fn diagnostics(&self) -> impl Iterator<Item = &Diagnostic> {
+        self.state.findings().chain(self.compiler.findings())
+    }
+
+    /// Every source has been listed in full once.
+    pub fn synced(&self) -> bool {
+        self.state.synced()
+    }
+
+    /// Sources that have not been listed yet.
+    pub fn missing(&self) -> impl Iterator<Item = Source> {
+        self.state.missing()
+    }
+
+    /// Every row is certain to be as desired, and nothing waits to be compiled.
+    pub fn settled(&self) -> bool {
+        self.phase == Adoption::Done && self.dirty.is_empty() && self.tables.pending_len() == 0
+    }
+
+    /// The cluster state.
+    pub const fn state(&self) -> &ClusterState {
+        &self.state
+    }
+
+    /// Service port ids with their names.
+    pub fn service_names(&self) -> impl Iterator<Item = (u32, &str)> {
+        self.tables.services.desired().iter().map(|(id, entry)| (*id, entry.name.as_str()))
+    }
+
+    fn adopt(&mut self, actual: Tables, now: u64) {
+        match self.phase {
+            Adoption::Pending => {
+                self.compiler.restore(&actual, &mut self.tables, now);
+                self.dirty.services.extend(self.state.services().map(|service| service.name.clone()));
+                self.dirty.services.extend(self.compiler.compiled().cloned());
+                self.dirty.links.extend(self.state.links().map(|link| link.ifindex));
+            }
+            Adoption::Done | Adoption::Reload => self.tables.load(actual),
+        }
+        self.phase = Adoption::Done;
+        self.load_retry = None;
+    }
+
+    fn run<D: Dataplane>(&mut self, phase: Phase, dataplane: &mut D, now: u64, report: &mut SyncReport<D::Error>) {
+        let mut ops = self.tables.ready(phase);
+        if !self.retries.is_empty() {
+            ops.retain(|op| self.retries.get(&op.row()).is_none_or(|retry| retry.at <= now));
+        }
+        if ops.is_empty() {
+            return;
+        }
+        let mut results = dataplane.apply_batch(&ops).into_iter();
+        for op in ops {
+            match results.next() {
+                Some(Ok(())) => {
+                    self.tables.succeeded(&op);
+                    self.retries.remove(&op.row());
+                    report.applied += 1;
+                }
+                Some(Err(error)) => {
+                    self.put_off(&op, now);
+                    report.failed.push((op, error));
+                }
+                // No word about it: nobody knows.
+                None => self.put_off(&op, now),
+            }
+        }
+    }
+
+    fn put_off(&mut self, op: &Op, now: u64) {
+        self.tables.failed(op);
+        let row = op.row();
+        let retry = self.settings.after_failure(self.retries.get(&row).copied(), now);
+        self.retries.insert(row, retry);
+    }
+
+    fn next_due(&self, now: u64) -> Option<u64> {
+        // A row whose pause is over and that was not tried waits for another row, which has a pause of its own.
+        let retries = self.retries.values().map(|retry| retry.at).filter(|at| *at > now);
+        let release = self.compiler.next_release(self.settings.grace);
+        let starved = self.compiler.wants_retry().then_some(now);
+        let due = retries.chain(release).chain(starved).min();
+        due.or_else(|| (self.tables.pending_len() > 0).then(|| now.saturating_add(self.settings.last_retry)))
+    }
+}
+
+impl Settings {
+    fn after_failure(&self, last: Option<Retry>, now: u64) -> Retry {
+        let failures = last.map_or(0, |retry| retry.failures).saturating_add(1);
+        let factor = 1_u64.checked_shl(failures - 1).unwrap_or(u64::MAX);
+        let pause = self.first_retry.saturating_mul(factor).min(self.last_retry);
+        Retry { failures, at: now.saturating_add(pause) }
+    }
+}

@@ -1,0 +1,121 @@
+//! `proxy-agent check`: what this kernel and node can do, tried out and not guessed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::dataplane::attach::Way;
+use crate::dataplane::{self, AttachMode, Bpf};
+use crate::node::check::{Finding, Level, findings, is_bpffs, read_sysctl};
+
+/// The first mounted cgroup v2 hierarchy.
+pub fn find_cgroup2() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    mounts.lines().find_map(|line| {
+        let mut words = line.split(' ');
+        let path = words.nth(1)?;
+        (words.next() == Some("cgroup2")).then(|| PathBuf::from(path))
+    })
+}
+
+/// All findings, with a trial load of every program under a pin directory of its own, which is removed again.
+pub fn report(pin_root: &Path, cgroup: Option<&Path>) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let mut say = |level, subject: &str, state: String, fix: &str| {
+        found.push(Finding { level, subject: subject.to_owned(), state, fix: fix.to_owned() });
+    };
+    let release = nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
+    say(Level::Good, "kernel", format!("Linux {release}"), "");
+    match capabilities() {
+        Some(effective) => {
+            for (bit, name) in [(12, "CAP_NET_ADMIN"), (39, "CAP_BPF")] {
+                // CAP_SYS_ADMIN (21) implies CAP_BPF.
+                let has = effective >> bit & 1 == 1 || bit == 39 && effective >> 21 & 1 == 1;
+                if has {
+                    say(Level::Good, name, "held".to_owned(), "");
+                } else {
+                    say(Level::Problem, name, "missing".to_owned(), "run as root, or add the capability");
+                }
+            }
+        }
+        None => say(Level::Warning, "capabilities", "cannot be read".to_owned(), "mount /proc"),
+    }
+    match cgroup {
+        Some(path) => say(Level::Good, "cgroup v2", path.display().to_string(), ""),
+        None => say(
+            Level::Warning,
+            "cgroup v2",
+            "not mounted: processes of the node itself do not reach Services".to_owned(),
+            "mount -t cgroup2 none /sys/fs/cgroup/unified, or give --cgroup PATH",
+        ),
+    }
+    match Way::choose(AttachMode::Auto) {
+        Ok(Way::Tcx) => say(Level::Good, "tcx", "programs are attached by tcx links".to_owned(), ""),
+        Ok(Way::Clsact) => say(
+            Level::Good,
+            "clsact",
+            "this kernel has no tcx (Linux 6.6): programs are attached as clsact filters".to_owned(),
+            "",
+        ),
+        Err(error) => say(Level::Problem, "tcx", full(&error), "run as root, or add CAP_BPF and CAP_NET_ADMIN"),
+    }
+    let trial = pin_root.with_file_name(format!("proxy-agent-check-{}", std::process::id()));
+    let config = dataplane::Config {
+        pin_root: trial.clone(),
+        attach: AttachMode::Auto,
+        cgroup: None,
+        flow_live: 1024,
+        flow_brief: 1024,
+    };
+    match Bpf::open(&config) {
+        Ok(bpf) => {
+            let most = bpf.verified_instructions().into_iter().map(|(_, count)| count).max().unwrap_or(0);
+            say(Level::Good, "programs", format!("all load; the longest took {most} verified instructions"), "");
+        }
+        Err(error) => {
+            say(Level::Problem, "programs", full(&error), "Linux 5.15 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_ACT");
+        }
+    }
+    // What was pinned for the trial; it attached nothing.
+    if let Err(error) = dataplane::cleanup(&trial) {
+        say(Level::Warning, "trial pins", full(&error), "remove them by hand");
+    }
+    let above = pin_root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let bridges = bridges();
+    let names: Vec<&str> = bridges.iter().map(String::as_str).collect();
+    found.extend(findings(&names, read_sysctl, is_bpffs(above)));
+    found
+}
+
+/// Can the agent work here?
+pub fn is_fit(report: &[Finding]) -> bool {
+    report.iter().all(|finding| finding.level != Level::Problem)
+}
+
+fn full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let line = error.to_string();
+        // A verifier's log fills the screen; its first line says what matters.
+        text.push_str(": ");
+        text.push_str(line.lines().next().unwrap_or_default());
+        source = error.source();
+    }
+    text
+}
+
+fn capabilities() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+/// Bridges of this network namespace, by their settings: what netlink would say needs no privilege here.
+fn bridges() -> Vec<String> {
+    let Ok(interfaces) = nix::net::if_::if_nameindex() else { return Vec::new() };
+    interfaces
+        .iter()
+        .filter_map(|interface| interface.name().to_str().ok().map(str::to_owned))
+        .filter(|name| Path::new("/sys/class/net").join(name).join("bridge").exists())
+        .collect()
+}

@@ -1,0 +1,383 @@
+//! The kernel behind the port [`Dataplane`]: the eBPF object, its pinned maps and its links.
+//!
+//! aya is named in here and nowhere else. What is pinned where is drawn in [`pins`]; what lies in the maps in
+//! `proxy_abi`.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use proxy_abi::{BackendEntry, Proto, map as map_name};
+use proxy_core::dataplane::Dataplane;
+use proxy_core::tables::{Op, Tables};
+
+pub mod attach;
+pub mod map;
+pub mod pins;
+pub mod sweep;
+pub mod sysbpf;
+
+use attach::Way;
+use map::Layout;
+use pins::{LinkPin, Maps, Pins};
+
+/// The eBPF object, as `build.rs` made it.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dataplane.o"));
+
+/// What went wrong, with what, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing can be pinned there.
+    #[error("{path} is not on a bpf file system; mount one (mount -t bpf bpf /sys/fs/bpf) or give another --pin-root")]
+    NoBpffs {
+        /// The pin directory.
+        path: PathBuf,
+    },
+    /// A pin cannot be read or made.
+    #[error("pin {path}")]
+    Pin {
+        /// The pin.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A pinned map is not what its name says.
+    #[error(
+        "pinned map {path} is {found:?}, not {expected:?}; somebody else made it: give another --pin-root, or remove it \
+         with `proxy-agent cleanup` (translated connections end)"
+    )]
+    Layout {
+        /// The pin.
+        path: PathBuf,
+        /// What it must be.
+        expected: Layout,
+        /// What it is.
+        found: Layout,
+    },
+    /// Nothing is pinned.
+    #[error("{path} does not exist: the agent has never run here, or was cleaned up")]
+    NotRunning {
+        /// The directory of the maps.
+        path: PathBuf,
+    },
+    /// A map operation failed.
+    #[error("cannot {operation} {key} in {path}")]
+    Map {
+        /// The pin of the map.
+        path: PathBuf,
+        /// What was tried.
+        operation: &'static str,
+        /// With which key.
+        key: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The object was refused.
+    #[error("the kernel refused the eBPF object; `proxy-agent check` tells what it lacks")]
+    Object(#[source] Box<EbpfError>),
+    /// A program was refused.
+    #[error("program {program}: the kernel refused it; `proxy-agent check` tells what it lacks")]
+    Program {
+        /// The program.
+        program: &'static str,
+        /// Why.
+        source: ProgramError,
+    },
+    /// The object has no such program: it was built from other sources.
+    #[error("the eBPF object has no program {program}; it was built from other sources (BPF_OBJECT?)")]
+    NoProgram {
+        /// The program.
+        program: &'static str,
+    },
+    /// A program cannot be attached.
+    #[error("cannot attach {program} to {target}")]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// The interface or cgroup.
+        target: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another agent works on the same pins.
+    #[error("another agent holds {path}; stop it first, or give this one another --pin-root")]
+    Locked {
+        /// The pin directory.
+        path: PathBuf,
+    },
+    /// The interface is gone; netlink will tell soon.
+    #[error("interface {ifindex} is gone")]
+    InterfaceGone {
+        /// Its index.
+        ifindex: u32,
+    },
+    /// tcx was asked for and is not there.
+    #[error("this kernel has no tcx (Linux 6.6); use --attach auto or clsact")]
+    NoTcx,
+}
+
+impl Error {
+    /// Would it be the same without the object that it is about?
+    pub fn is_interface_gone(&self) -> bool {
+        matches!(self, Self::InterfaceGone { .. })
+    }
+}
+
+/// How to attach, as asked for on the command line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum AttachMode {
+    /// tcx where the kernel has it, else clsact.
+    #[default]
+    Auto,
+    /// tcx or nothing.
+    Tcx,
+    /// clsact.
+    Clsact,
+}
+
+/// What the dataplane is to be.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where to pin.
+    pub pin_root: PathBuf,
+    /// How to attach to interfaces.
+    pub attach: AttachMode,
+    /// Root of the cgroup v2 hierarchy; `None` leaves sockets of the node alone.
+    pub cgroup: Option<PathBuf>,
+    /// Entries of `flow_live`.
+    pub flow_live: u32,
+    /// Entries of `flow_brief`.
+    pub flow_brief: u32,
+}
+
+/// The loaded object with its maps, pinned and open.
+#[derive(Debug)]
+pub struct Bpf {
+    _lock: pins::Lock,
+    ebpf: Ebpf,
+    maps: Maps,
+    pins: Pins,
+    way: Way,
+}
+
+impl Bpf {
+    /// Loads the programs over the pinned maps, made where they are missing, and swaps them into the links that are
+    /// there. Attaches the socket programs. Packets go on all the while.
+    pub fn open(config: &Config) -> Result<Self, Error> {
+        let pins = Pins::new(&config.pin_root);
+        pins.create()?;
+        let lock = pins.lock()?;
+        pins.check()?;
+        let way = Way::choose(config.attach)?;
+        let mut ebpf = load(&pins, config)?;
+        if let Some(cgroup) = &config.cgroup {
+            attach::attach_cgroup(&ebpf, &pins, cgroup)?;
+        }
+        let maps = pins.open()?;
+        // Interfaces that have gone while nobody watched: `load` will not name them, so the plan removes their rest.
+        for ifindex in attached(&pins)? {
+            match attach::attach_pod(&mut ebpf, &pins, way, ifindex) {
+                Ok(()) => {}
+                Err(e) if e.is_interface_gone() => attach::detach_pod(&pins, ifindex)?,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(Self { _lock: lock, ebpf, maps, pins, way })
+    }
+
+    /// The open maps.
+    pub const fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// How programs are attached.
+    pub const fn way(&self) -> Way {
+        self.way
+    }
+
+    /// A loaded program, for `BPF_PROG_TEST_RUN`.
+    pub fn program_fd(&self, program: &'static str) -> Result<std::os::fd::BorrowedFd<'_>, Error> {
+        use std::os::fd::AsFd as _;
+        let found = self.ebpf.program(program).ok_or(Error::NoProgram { program })?;
+        Ok(found.fd().map_err(|source| Error::Program { program, source })?.as_fd())
+    }
+
+    /// Ids of our programs for interfaces: what else is there on tcx is somebody else's.
+    pub fn interface_program_ids(&self) -> BTreeSet<u32> {
+        let names = attach::POD_PROGRAMS.iter();
+        names.filter_map(|(name, _, _)| Some(self.ebpf.program(name)?.info().ok()?.id())).collect()
+    }
+
+    /// Instructions that the verifier walked, for each program (Linux 5.16; 0 before).
+    pub fn verified_instructions(&self) -> Vec<(String, u32)> {
+        self.ebpf
+            .programs()
+            .filter_map(|(name, program)| {
+                Some((name.to_owned(), program.info().ok()?.verified_instruction_count().unwrap_or(0)))
+            })
+            .collect()
+    }
+
+    fn set_device(&mut self, ifindex: u32, entry: &proxy_abi::DeviceEntry) -> Result<(), Error> {
+        // The entry first: a program without it does nothing.
+        self.maps.device.set(&ifindex, entry)?;
+        match attach::attach_pod(&mut self.ebpf, &self.pins, self.way, ifindex) {
+            Err(e) if e.is_interface_gone() => {
+                self.maps.device.delete(&ifindex)?;
+                attach::detach_pod(&self.pins, ifindex)?;
+                Err(e)
+            }
+            other => other,
+        }
+    }
+}
+
+/// Is there a tcx program on an interface that is not among `own`?
+pub fn has_foreign_tcx(ifindex: u32, own: &BTreeSet<u32>) -> bool {
+    attach::POD_PROGRAMS.iter().any(|(_, _, attach_type)| {
+        sysbpf::query_tcx(ifindex, *attach_type).is_ok_and(|ids| ids.iter().any(|id| !own.contains(id)))
+    })
+}
+
+/// Interfaces with programs of ours, by the pins.
+fn attached(pins: &Pins) -> Result<BTreeSet<u32>, Error> {
+    Ok(pins
+        .list_links()?
+        .into_iter()
+        .filter_map(|pin| match pin {
+            LinkPin::Tcx(_, ifindex) | LinkPin::Clsact(ifindex) => Some(ifindex),
+            LinkPin::Cgroup(_) => None,
+        })
+        .collect())
+}
+
+fn load(pins: &Pins, config: &Config) -> Result<Ebpf, Error> {
+    let cookie = sysbpf::netns_cookie()
+        .map_err(|source| Error::Attach { program: "connect4", target: "network namespace".to_owned(), source })?;
+    let directory = pins.maps();
+    let mut loader = EbpfLoader::new();
+    loader.override_global("NETNS_COOKIE", &cookie, true);
+    for layout in pins::LAYOUTS {
+        loader.map_pin_path(layout.name, directory.join(layout.name));
+    }
+    loader.map_max_entries(map_name::FLOW_LIVE, config.flow_live);
+    loader.map_max_entries(map_name::FLOW_BRIEF, config.flow_brief);
+    let mut ebpf = loader.load(OBJECT).map_err(|e| Error::Object(Box::new(e)))?;
+    for (program, _, _) in attach::POD_PROGRAMS {
+        let found = ebpf.program_mut(program).ok_or(Error::NoProgram { program })?;
+        let found: &mut SchedClassifier = found.try_into().map_err(|source| Error::Program { program, source })?;
+        found.load().map_err(|source| Error::Program { program, source })?;
+    }
+    if config.cgroup.is_some() {
+        for (program, _) in attach::CGROUP_PROGRAMS {
+            let found = ebpf.program_mut(program).ok_or(Error::NoProgram { program })?;
+            let found: &mut CgroupSockAddr = found.try_into().map_err(|source| Error::Program { program, source })?;
+            found.load().map_err(|source| Error::Program { program, source })?;
+        }
+    }
+    Ok(ebpf)
+}
+
+/// The row of an array map that says "nothing here".
+const NO_BACKEND: BackendEntry = BackendEntry {
+    ip: proxy_abi::IpBytes::UNSPECIFIED,
+    service: 0,
+    generation: 0,
+    port: proxy_abi::PortBe(0),
+    proto: Proto(0),
+    reserved: 0,
+    flags: 0,
+};
+
+impl Maps {
+    /// Reads back what the agent owns. Rows of array maps that are zero are not named.
+    pub fn tables(&self) -> Result<Tables, Error> {
+        Ok(Tables {
+            services: self.service.read()?.into_iter().collect(),
+            backends: self.backend.read()?.into_iter().filter(|(_, b)| *b != NO_BACKEND).collect(),
+            slots: self.slot.read()?.into_iter().filter(|(_, b)| *b != 0).collect(),
+            frontends: self.frontend.read()?.into_iter().collect(),
+            devices: self.device.read()?.into_iter().collect(),
+            local_pods: self.local_pod.read()?.into_iter().collect(),
+        })
+    }
+}
+
+impl Dataplane for Bpf {
+    type Error = Error;
+
+    fn load(&mut self) -> Result<Tables, Error> {
+        let mut tables = self.maps.tables()?;
+        // A device row without its programs is not there: the plan writes it again, and that attaches them.
+        let attached = attached(&self.pins)?;
+        tables.devices.retain(|ifindex, _| attached.contains(ifindex));
+        Ok(tables)
+    }
+
+    fn apply(&mut self, op: &Op) -> Result<(), Error> {
+        match op {
+            Op::SetService(id, entry) => self.maps.service.set(id, entry),
+            Op::DeleteService(id) => self.maps.service.delete(id).map(|_| ()),
+            Op::SetBackend(id, entry) => self.maps.backend.set(id, entry),
+            Op::DeleteBackend(id) => self.maps.backend.set(id, &NO_BACKEND),
+            Op::SetSlot(slot, backend) => self.maps.slot.set(slot, backend),
+            Op::DeleteSlot(slot) => self.maps.slot.set(slot, &0),
+            Op::SetFrontend(key, entry) => self.maps.frontend.set(key, entry),
+            Op::DeleteFrontend(key) => self.maps.frontend.delete(key).map(|_| ()),
+            Op::SetDevice(ifindex, entry) => self.set_device(*ifindex, entry),
+            Op::DeleteDevice(ifindex) => {
+                attach::detach_pod(&self.pins, *ifindex)?;
+                self.maps.device.delete(ifindex).map(|_| ())
+            }
+            Op::SetLocalPod(ip, entry) => self.maps.local_pod.set(ip, entry),
+            Op::DeleteLocalPod(ip) => self.maps.local_pod.delete(ip).map(|_| ()),
+        }
+    }
+
+    fn apply_batch(&mut self, ops: &[Op]) -> Vec<Result<(), Error>> {
+        macro_rules! batch {
+            ($map:ident, $variant:ident) => {{
+                let rows: Option<(Vec<_>, Vec<_>)> =
+                    ops.iter().map(|op| if let Op::$variant(k, v) = op { Some((*k, *v)) } else { None }).collect();
+                if let Some((keys, values)) = rows {
+                    return self.maps.$map.set_all(&keys, &values);
+                }
+            }};
+        }
+        match ops {
+            [Op::SetService(..), _, ..] => batch!(service, SetService),
+            [Op::SetBackend(..), _, ..] => batch!(backend, SetBackend),
+            [Op::SetSlot(..), _, ..] => batch!(slot, SetSlot),
+            [Op::SetFrontend(..), _, ..] => batch!(frontend, SetFrontend),
+            _ => {}
+        }
+        ops.iter().map(|op| self.apply(op)).collect()
+    }
+}
+
+/// Detaches everything and removes every pin: nothing of us stays in the kernel. Returns what was removed.
+pub fn cleanup(pin_root: &Path) -> Result<Vec<String>, Error> {
+    let pins = Pins::new(pin_root);
+    let mut removed = Vec::new();
+    if pins.links().exists() {
+        for pin in pins.list_links()? {
+            match &pin {
+                LinkPin::Tcx(_, ifindex) | LinkPin::Clsact(ifindex) => attach::detach_pod(&pins, *ifindex)?,
+                LinkPin::Cgroup(_) => pins.remove_link(&pin)?,
+            }
+            removed.push(format!("link {}", pins.link(&pin).display()));
+        }
+    }
+    if pin_root.exists() {
+        for layout in pins::LAYOUTS {
+            let path = pins.maps().join(layout.name);
+            if path.exists() {
+                removed.push(format!("map {}", path.display()));
+            }
+        }
+        pins.remove()?;
+    }
+    Ok(removed)
+}

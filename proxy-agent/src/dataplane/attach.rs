@@ -1,0 +1,191 @@
+//! Programs on interfaces and on the root cgroup.
+//!
+//! | way | kernel | survives the agent by | swapped by |
+//! | --- | --- | --- | --- |
+//! | tcx | 6.6 | the pin of its link | `BPF_LINK_UPDATE` |
+//! | clsact | any | itself: filters belong to the interface | `RTM_NEWTFILTER` with replace, same priority and handle |
+//! | cgroup | 5.7 | the pin of its link | `BPF_LINK_UPDATE` |
+//!
+//! Nothing is ever detached in order to attach something: there is no moment without a program.
+
+use std::fs;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
+
+use aya::Ebpf;
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TcError, tc};
+
+use super::pins::{LinkPin, Pins};
+use super::sysbpf::{self, attach_type};
+use super::{AttachMode, Error};
+
+/// Programs of a pod interface, with their directions.
+pub const POD_PROGRAMS: [(&str, TcAttachType, u32); 2] = [
+    ("from_pod", TcAttachType::Ingress, attach_type::TCX_INGRESS),
+    ("to_pod", TcAttachType::Egress, attach_type::TCX_EGRESS),
+];
+
+/// Programs of the root cgroup, with `enum bpf_attach_type`.
+pub const CGROUP_PROGRAMS: [(&str, u32); 8] = [
+    ("connect4", 10),
+    ("connect6", 11),
+    ("sendmsg4", 14),
+    ("sendmsg6", 15),
+    ("recvmsg4", 19),
+    ("recvmsg6", 20),
+    ("getpeername4", 29),
+    ("getpeername6", 30),
+];
+
+/// Our place among clsact filters: not the first priority and handle, which other products take for their own.
+const PRIORITY: u16 = 3;
+const HANDLE: TcHandle = TcHandle::new(0, 0x70a1);
+
+/// How programs get onto interfaces on this kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// tcx links.
+    Tcx,
+    /// clsact filters.
+    Clsact,
+}
+
+impl Way {
+    /// By what was asked for and by what the kernel can do: asked, not guessed from its version.
+    pub fn choose(mode: AttachMode) -> Result<Self, Error> {
+        let has_tcx = match sysbpf::query_tcx(1, attach_type::TCX_INGRESS) {
+            Ok(_) => true,
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => false,
+            Err(source) => return Err(Error::Attach { program: "tcx", target: "lo".to_owned(), source }),
+        };
+        match (mode, has_tcx) {
+            (AttachMode::Clsact, _) | (AttachMode::Auto, false) => Ok(Self::Clsact),
+            (AttachMode::Auto | AttachMode::Tcx, true) => Ok(Self::Tcx),
+            (AttachMode::Tcx, false) => Err(Error::NoTcx),
+        }
+    }
+}
+
+fn interface_name(ifindex: u32) -> Result<String, Error> {
+    nix::net::if_::if_indextoname(ifindex)
+        .map(|name| name.to_string_lossy().into_owned())
+        .map_err(|_gone| Error::InterfaceGone { ifindex })
+}
+
+fn classifier<'a>(ebpf: &'a mut Ebpf, program: &'static str) -> Result<&'a mut SchedClassifier, Error> {
+    let found = ebpf.program_mut(program).ok_or(Error::NoProgram { program })?;
+    found.try_into().map_err(|source| Error::Program { program, source })
+}
+
+/// Attaches both programs of a pod interface, or swaps those that are there.
+pub fn attach_pod(ebpf: &mut Ebpf, pins: &Pins, way: Way, ifindex: u32) -> Result<(), Error> {
+    if way == Way::Clsact {
+        return attach_pod_clsact(ebpf, pins, ifindex);
+    }
+    for (program, _, attach_type) in POD_PROGRAMS {
+        let fd = classifier(ebpf, program)?.fd().map_err(|source| Error::Program { program, source })?;
+        let pin = LinkPin::Tcx(program.to_owned(), ifindex);
+        if swap(pins, &pin, fd.as_fd())? {
+            continue;
+        }
+        let link = sysbpf::link_create_tcx(fd.as_fd(), ifindex, attach_type).map_err(|source| {
+            if source.raw_os_error() == Some(libc::ENODEV) {
+                Error::InterfaceGone { ifindex }
+            } else {
+                Error::Attach { program, target: format!("interface {ifindex}"), source }
+            }
+        })?;
+        pin_link(&link, &pins.link(&pin))?;
+    }
+    Ok(())
+}
+
+/// Swaps the program behind a pinned link. False: there is no link, or its interface is gone; then the pin is removed.
+fn swap(pins: &Pins, pin: &LinkPin, program: std::os::fd::BorrowedFd<'_>) -> Result<bool, Error> {
+    let path = pins.link(pin);
+    if !path.exists() {
+        return Ok(false);
+    }
+    let swapped = sysbpf::obj_get(&path).and_then(|link| sysbpf::link_update(link.as_fd(), program));
+    match swapped {
+        Ok(()) => Ok(true),
+        // ENOLINK: the interface is gone and another has its index by now, or none has.
+        Err(e) => {
+            tracing::warn!(path = %path.display(), error = %e, "a pinned link cannot be used; it is made anew");
+            pins.remove_link(pin)?;
+            Ok(false)
+        }
+    }
+}
+
+fn pin_link(link: &OwnedFd, path: &Path) -> Result<(), Error> {
+    sysbpf::obj_pin(link.as_fd(), path).map_err(|source| Error::Pin { path: path.to_owned(), source })
+}
+
+fn attach_pod_clsact(ebpf: &mut Ebpf, pins: &Pins, ifindex: u32) -> Result<(), Error> {
+    let name = interface_name(ifindex)?;
+    let netlink = |program, source: ProgramError| Error::Program { program, source };
+    match tc::qdisc_add_clsact(&name) {
+        Ok(()) | Err(TcError::AlreadyAttached) => {}
+        // EEXIST: somebody has one; it serves all.
+        Err(TcError::NetlinkError(e)) if e.raw_os_error() == Some(libc::EEXIST) => {}
+        Err(e) => return Err(Error::Attach { program: "clsact", target: name, source: std::io::Error::other(e) }),
+    }
+    let mark = LinkPin::Clsact(ifindex);
+    let attached = pins.link(&mark).exists();
+    for (program, direction, _) in POD_PROGRAMS {
+        let classifier = classifier(ebpf, program)?;
+        let id = if attached {
+            let link = SchedClassifierLink::attached(&name, direction, PRIORITY, HANDLE, None)
+                .map_err(|e| Error::Attach { program, target: name.clone(), source: std::io::Error::other(e) })?;
+            classifier.attach_to_link(link).map_err(|e| netlink(program, e))?
+        } else {
+            let options = NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() };
+            classifier
+                .attach_with_options(&name, direction, TcAttachOptions::Netlink(options))
+                .map_err(|e| netlink(program, e))?
+        };
+        // A link object of this kind detaches when it is dropped; the filter is to outlive us.
+        std::mem::forget(classifier.take_link(id).map_err(|e| netlink(program, e))?);
+    }
+    if !attached {
+        let path = pins.link(&mark);
+        fs::create_dir(&path).map_err(|source| Error::Pin { path, source })?;
+    }
+    Ok(())
+}
+
+/// Detaches the programs of a pod interface, which may be gone already.
+pub fn detach_pod(pins: &Pins, ifindex: u32) -> Result<(), Error> {
+    for (program, direction, _) in POD_PROGRAMS {
+        pins.remove_link(&LinkPin::Tcx(program.to_owned(), ifindex))?;
+        let mark = LinkPin::Clsact(ifindex);
+        if pins.link(&mark).exists()
+            && let Ok(name) = interface_name(ifindex)
+            && let Ok(link) = SchedClassifierLink::attached(&name, direction, PRIORITY, HANDLE, None)
+        {
+            // Dropping it deletes the filter.
+            drop(link);
+        }
+    }
+    pins.remove_link(&LinkPin::Clsact(ifindex))
+}
+
+/// Attaches the socket programs to a cgroup, or swaps those that are there.
+pub fn attach_cgroup(ebpf: &Ebpf, pins: &Pins, cgroup: &Path) -> Result<(), Error> {
+    let directory = fs::File::open(cgroup)
+        .map_err(|source| Error::Attach { program: "connect4", target: cgroup.display().to_string(), source })?;
+    for (program, attach_type) in CGROUP_PROGRAMS {
+        let found = ebpf.program(program).ok_or(Error::NoProgram { program })?;
+        let fd = found.fd().map_err(|source| Error::Program { program, source })?;
+        let pin = LinkPin::Cgroup(program.to_owned());
+        if swap(pins, &pin, fd.as_fd())? {
+            continue;
+        }
+        let link = sysbpf::link_create_cgroup(fd.as_fd(), directory.as_fd(), attach_type)
+            .map_err(|source| Error::Attach { program, target: cgroup.display().to_string(), source })?;
+        pin_link(&link, &pins.link(&pin))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,214 @@
+//! What is pinned, and where.
+//!
+//! ```text
+//!   /sys/fs/bpf/proxy-agent/       --pin-root
+//!     v1/                          version of all layouts: two versions never share a map
+//!       maps/frontend, …           one for each of `proxy_abi::map::ALL`
+//!       links/from_pod_7           tcx link of interface 7: the kernel keeps forwarding while the agent is away
+//!       links/to_pod_7
+//!       links/clsact_9/            no link: interface 9 has clsact filters (Linux < 6.6, or asked for)
+//!       links/connect4, …          cgroup links
+//! ```
+//!
+//! A restarted agent recognises all of its kernel state by these names.
+
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use aya::maps::MapType;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use proxy_abi::{
+    ABI_VERSION, BackendEntry, CounterEntry, DeviceEntry, FlowEntry, FlowKey, FragmentEntry, FragmentKey,
+    FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, ServiceEntry, SocketEntry, SocketKey, map,
+};
+
+use super::Error;
+use super::map::{Layout, Map, size_u32};
+
+const fn layout<K, V>(name: &'static str, kind: MapType) -> Layout {
+    Layout { name, kind, key: size_u32::<K>(), value: size_u32::<V>() }
+}
+
+/// Every pinned map.
+pub const LAYOUTS: [Layout; 11] = [
+    layout::<u32, ServiceEntry>(map::SERVICE, MapType::Hash),
+    layout::<u32, BackendEntry>(map::BACKEND, MapType::Array),
+    layout::<u32, u32>(map::BACKEND_SLOT, MapType::Array),
+    layout::<FrontendKey, FrontendEntry>(map::FRONTEND, MapType::Hash),
+    layout::<u32, DeviceEntry>(map::DEVICE, MapType::Hash),
+    layout::<IpBytes, LocalPodEntry>(map::LOCAL_POD, MapType::Hash),
+    layout::<FlowKey, FlowEntry>(map::FLOW_LIVE, MapType::Hash),
+    layout::<FlowKey, FlowEntry>(map::FLOW_BRIEF, MapType::LruHash),
+    layout::<FragmentKey, FragmentEntry>(map::FRAGMENT, MapType::LruHash),
+    layout::<SocketKey, SocketEntry>(map::SOCKET, MapType::LruHash),
+    layout::<u32, CounterEntry>(map::COUNTER, MapType::PerCpuArray),
+];
+
+/// The pin directory of this version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+/// Held by the one agent that works on a pin directory.
+pub type Lock = Flock<fs::File>;
+
+/// All maps, open.
+#[derive(Debug)]
+#[expect(missing_docs, reason = "each is named after its map; see proxy_abi")]
+pub struct Maps {
+    pub service: Map<u32, ServiceEntry>,
+    pub backend: Map<u32, BackendEntry>,
+    pub slot: Map<u32, u32>,
+    pub frontend: Map<FrontendKey, FrontendEntry>,
+    pub device: Map<u32, DeviceEntry>,
+    pub local_pod: Map<IpBytes, LocalPodEntry>,
+    pub flow_live: Map<FlowKey, FlowEntry>,
+    pub flow_brief: Map<FlowKey, FlowEntry>,
+    pub counter: Map<u32, CounterEntry>,
+}
+
+/// A name in the directory of links.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LinkPin {
+    /// A tcx link: program and interface.
+    Tcx(String, u32),
+    /// The mark of an interface with clsact filters.
+    Clsact(u32),
+    /// A cgroup link: program.
+    Cgroup(String),
+}
+
+impl Pins {
+    /// Under a root such as `/sys/fs/bpf/proxy-agent`.
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    /// `--pin-root`.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn version(&self) -> PathBuf {
+        self.root.join(format!("v{ABI_VERSION}"))
+    }
+
+    /// Directory of the maps.
+    pub fn maps(&self) -> PathBuf {
+        self.version().join("maps")
+    }
+
+    /// Directory of the links.
+    pub fn links(&self) -> PathBuf {
+        self.version().join("links")
+    }
+
+    /// Path of one link.
+    pub fn link(&self, pin: &LinkPin) -> PathBuf {
+        self.links().join(match pin {
+            LinkPin::Tcx(program, ifindex) => format!("{program}_{ifindex}"),
+            LinkPin::Clsact(ifindex) => format!("clsact_{ifindex}"),
+            LinkPin::Cgroup(program) => program.clone(),
+        })
+    }
+
+    /// Makes the directories. They must lie on a bpffs: elsewhere nothing can be pinned.
+    pub fn create(&self) -> Result<(), Error> {
+        let mut above = self.root.as_path();
+        while !above.exists() {
+            let Some(parent) = above.parent() else { break };
+            above = parent;
+        }
+        let kind = statfs(above).map_err(|e| Error::Pin { path: above.to_owned(), source: e.into() })?;
+        if kind.filesystem_type() != BPF_FS_MAGIC {
+            return Err(Error::NoBpffs { path: self.root.clone() });
+        }
+        for path in [self.maps(), self.links()] {
+            fs::create_dir_all(&path).map_err(|source| Error::Pin { path: path.clone(), source })?;
+        }
+        Ok(())
+    }
+
+    /// Makes this process the only one that writes here, until the lock is dropped or the process ends, however it ends.
+    pub fn lock(&self) -> Result<Lock, Error> {
+        let directory = fs::File::open(&self.root)
+            .map_err(|source| Error::Pin { path: self.root.clone(), source })?;
+        Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+            if errno == nix::errno::Errno::EWOULDBLOCK {
+                Error::Locked { path: self.root.clone() }
+            } else {
+                Error::Pin { path: self.root.clone(), source: errno.into() }
+            }
+        })
+    }
+
+    /// Compares every map that is already pinned with its layout.
+    pub fn check(&self) -> Result<(), Error> {
+        for layout in LAYOUTS {
+            let path = self.maps().join(layout.name);
+            if path.exists() {
+                layout.check(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens all maps.
+    pub fn open(&self) -> Result<Maps, Error> {
+        let directory = self.maps();
+        if !directory.exists() {
+            return Err(Error::NotRunning { path: directory });
+        }
+        let [service, backend, slot, frontend, device, local_pod, live, brief, _, _, counter] = LAYOUTS;
+        Ok(Maps {
+            service: Map::open(&directory, service)?,
+            backend: Map::open(&directory, backend)?,
+            slot: Map::open(&directory, slot)?,
+            frontend: Map::open(&directory, frontend)?,
+            device: Map::open(&directory, device)?,
+            local_pod: Map::open(&directory, local_pod)?,
+            flow_live: Map::open(&directory, live)?,
+            flow_brief: Map::open(&directory, brief)?,
+            counter: Map::open(&directory, counter)?,
+        })
+    }
+
+    /// The links that are pinned.
+    pub fn list_links(&self) -> Result<Vec<LinkPin>, Error> {
+        let path = self.links();
+        let pin = |source| Error::Pin { path: path.clone(), source };
+        let mut links = Vec::new();
+        for entry in fs::read_dir(&path).map_err(pin)? {
+            let name = entry.map_err(pin)?.file_name().to_string_lossy().into_owned();
+            links.push(match name.rsplit_once('_').and_then(|(p, i)| Some((p, i.parse().ok()?))) {
+                Some(("clsact", ifindex)) => LinkPin::Clsact(ifindex),
+                Some((program, ifindex)) => LinkPin::Tcx(program.to_owned(), ifindex),
+                None => LinkPin::Cgroup(name),
+            });
+        }
+        links.sort();
+        Ok(links)
+    }
+
+    /// Removes a link's pin, which detaches its program unless somebody else holds the link.
+    pub fn remove_link(&self, pin: &LinkPin) -> Result<(), Error> {
+        let path = self.link(pin);
+        let removed = if matches!(pin, LinkPin::Clsact(_)) { fs::remove_dir(&path) } else { fs::remove_file(&path) };
+        match removed {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the whole root with all versions under it.
+    pub fn remove(&self) -> Result<(), Error> {
+        match fs::remove_dir_all(&self.root) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(Error::Pin { path: self.root.clone(), source })
+            }
+            _ => Ok(()),
+        }
+    }
+}

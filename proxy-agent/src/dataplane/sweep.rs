@@ -1,0 +1,104 @@
+//! Removes established flows that nobody uses any more.
+//!
+//! A connection whose ends vanish without FIN or RST leaves its entries in `flow_live` for good; the programs cannot
+//! know. Nothing else needs the agent: all other flows are evictable, and what ends in the ordinary way leaves
+//! `flow_live` in the kernel.
+
+use std::time::Duration;
+
+use proxy_abi::flow::state;
+use proxy_abi::{FlowEntry, FlowKey};
+
+use super::Error;
+use super::map::Map;
+
+/// How long an entry may be idle, by its state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Established: kube-proxy's `conntrack.tcpEstablishedTimeout`, 24 hours.
+    pub established: Duration,
+    /// One side has closed: kube-proxy's `conntrack.tcpCloseWaitTimeout`, 1 hour.
+    pub half_closed: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self { established: Duration::from_hours(24), half_closed: Duration::from_hours(1) }
+    }
+}
+
+impl Timeouts {
+    /// Is this entry past its time, `now` being CLOCK_MONOTONIC in nanoseconds?
+    pub fn is_over(&self, entry: &FlowEntry, now: u64) -> bool {
+        let idle = Duration::from_nanos(now.saturating_sub(entry.last_seen));
+        let limit = if entry.state == state::ESTABLISHED { self.established } else { self.half_closed };
+        idle > limit
+    }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds, as the programs write it.
+pub fn monotonic() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Removes what is past its time; returns how many entries there were and how many went.
+///
+/// An entry is read again before it goes: a packet may have used it meanwhile.
+pub fn sweep(flows: &Map<FlowKey, FlowEntry>, timeouts: &Timeouts, now: u64) -> Result<(usize, usize), Error> {
+    let all = flows.read()?;
+    let mut removed = 0;
+    for (key, entry) in &all {
+        if timeouts.is_over(entry, now)
+            && let Some(again) = flows.get(key)?
+            && timeouts.is_over(&again, now)
+            && flows.delete(key)?
+        {
+            removed += 1;
+        }
+    }
+    Ok((all.len(), removed))
+}
+
+#[cfg(test)]
+mod tests {
+    use proxy_abi::{MacBytes, Stamp, Tuple};
+
+    use super::*;
+
+    #[test]
+    fn idle_time_counts_by_state() {
+        let hour = 3_600_000_000_000_u64;
+        let entry = |state| FlowEntry {
+            original: Tuple::ZERO,
+            translated: Tuple::ZERO,
+            last_seen: hour,
+            service: 0,
+            backend: 0,
+            generation: 0,
+            initiator_ifindex: 0,
+            responder_ifindex: 0,
+            initiator_stamp: Stamp { revision: 0, rule: 0 },
+            responder_stamp: Stamp { revision: 0, rule: 0 },
+            initiator_mac: MacBytes([0; 6]),
+            responder_mac: MacBytes([0; 6]),
+            initiator_slot: 0,
+            responder_slot: 0,
+            flags: 0,
+            state,
+            provenance: 0,
+        };
+        let table = [
+            (state::ESTABLISHED, hour, false),
+            (state::ESTABLISHED, 25 * hour, false),
+            (state::ESTABLISHED, 25 * hour + 1, true),
+            (state::FIN_INITIATOR, 2 * hour, false),
+            (state::FIN_RESPONDER, 2 * hour + 1, true),
+            // A clock that went backwards removes nothing.
+            (state::ESTABLISHED, 0, false),
+        ];
+        for (state, now, over) in table {
+            assert_eq!(Timeouts::default().is_over(&entry(state), now), over, "{} at {now}", state::name(state));
+        }
+    }
+}

@@ -1,0 +1,440 @@
+//! bpf(2) where aya has no call for it: links by interface index, their update in place, batches, queries.
+//!
+//! The only file of the agent with `unsafe`. Every attribute struct is the prefix of `union bpf_attr`
+//! (include/uapi/linux/bpf.h) that its command reads; the kernel takes the rest for zero.
+#![expect(unsafe_code, reason = "system calls; the only file of the agent that has them")]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use aya::Pod;
+
+/// Commands of `enum bpf_cmd`.
+mod command {
+    pub(super) const MAP_LOOKUP_ELEM: i32 = 1;
+    pub(super) const MAP_UPDATE_ELEM: i32 = 2;
+    pub(super) const MAP_DELETE_ELEM: i32 = 3;
+    pub(super) const OBJ_PIN: i32 = 6;
+    pub(super) const OBJ_GET: i32 = 7;
+    pub(super) const PROG_TEST_RUN: i32 = 10;
+    pub(super) const OBJ_GET_INFO_BY_FD: i32 = 15;
+    pub(super) const PROG_QUERY: i32 = 16;
+    pub(super) const MAP_LOOKUP_BATCH: i32 = 24;
+    pub(super) const MAP_UPDATE_BATCH: i32 = 26;
+    pub(super) const LINK_CREATE: i32 = 28;
+    pub(super) const LINK_UPDATE: i32 = 29;
+}
+
+/// Attach types of `enum bpf_attach_type`.
+pub mod attach_type {
+    /// tcx ingress.
+    pub const TCX_INGRESS: u32 = 46;
+    /// tcx egress.
+    pub const TCX_EGRESS: u32 = 47;
+}
+
+/// # Safety
+/// `attr` must be the attribute struct of `command`, with pointers that are valid for what the command does.
+unsafe fn bpf<A>(command: i32, attr: &mut A) -> io::Result<i64> {
+    // SAFETY: by the caller; the size is that of the struct.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<A>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn own(fd: i64) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us; nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    // A descriptor is never negative.
+    fd.as_raw_fd().unsigned_abs()
+}
+
+fn address<T>(value: &T) -> u64 {
+    std::ptr::from_ref(value) as u64
+}
+
+fn address_mut<T>(value: &mut T) -> u64 {
+    std::ptr::from_mut(value) as u64
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+#[repr(C)]
+struct ObjAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+/// Opens a pinned object.
+pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = ObjAttr { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: `path` lives until the call returns.
+    own(unsafe { bpf(command::OBJ_GET, &mut attr) }?)
+}
+
+/// Pins an object.
+pub fn obj_pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = ObjAttr { path: path.as_ptr() as u64, fd: raw(fd), flags: 0 };
+    // SAFETY: `path` lives until the call returns.
+    unsafe { bpf(command::OBJ_PIN, &mut attr) }.map(|_| ())
+}
+
+#[repr(C)]
+struct LinkCreateAttr {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    relative: u32,
+    reserved: u32,
+    expected_revision: u64,
+}
+
+/// `BPF_F_BEFORE` without a relative: in front of all others.
+const BEFORE: u32 = 1 << 3;
+
+/// Attaches a program to an interface with tcx (Linux 6.6), in front of all others.
+pub fn link_create_tcx(program: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr {
+        program: raw(program),
+        target: ifindex,
+        attach_type,
+        flags: BEFORE,
+        relative: 0,
+        reserved: 0,
+        expected_revision: 0,
+    };
+    // SAFETY: no pointers.
+    own(unsafe { bpf(command::LINK_CREATE, &mut attr) }?)
+}
+
+/// Attaches a program to a cgroup.
+pub fn link_create_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr {
+        program: raw(program),
+        target: raw(cgroup),
+        attach_type,
+        flags: 0,
+        relative: 0,
+        reserved: 0,
+        expected_revision: 0,
+    };
+    // SAFETY: no pointers.
+    own(unsafe { bpf(command::LINK_CREATE, &mut attr) }?)
+}
+
+/// Swaps the program behind a link; no packet sees neither. `ENOLINK`: the interface is gone.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: u32,
+        program: u32,
+        flags: u32,
+        old: u32,
+    }
+    let mut attr = Attr { link: raw(link), program: raw(program), flags: 0, old: 0 };
+    // SAFETY: no pointers.
+    unsafe { bpf(command::LINK_UPDATE, &mut attr) }.map(|_| ())
+}
+
+/// What the kernel says of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Id of the program behind it.
+    pub program: u32,
+    /// Interface of a tcx link; 0 when it is gone, or for other links.
+    pub ifindex: u32,
+}
+
+/// Describes a link.
+pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    /// `struct bpf_link_info`: type, id, program, then a union whose tcx member begins with the interface index.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        program: u32,
+        pad: u32,
+        ifindex: u32,
+        attach_type: u32,
+        rest: [u64; 8],
+    }
+    #[repr(C)]
+    struct Attr {
+        fd: u32,
+        len: u32,
+        info: u64,
+    }
+    let mut info = Info::default();
+    let len = u32::try_from(size_of::<Info>()).map_err(io::Error::other)?;
+    let mut attr = Attr { fd: raw(link), len, info: address_mut(&mut info) };
+    // SAFETY: `info` is as long as said and lives until the call returns.
+    unsafe { bpf(command::OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    // BPF_LINK_TYPE_TCX.
+    Ok(LinkInfo { program: info.program, ifindex: if info.kind == 11 { info.ifindex } else { 0 } })
+}
+
+/// Ids of the programs that are attached to an interface with tcx, in their order. `EINVAL`: this kernel has no tcx.
+pub fn query_tcx(ifindex: u32, attach_type: u32) -> io::Result<Vec<u32>> {
+    #[repr(C)]
+    struct Attr {
+        target: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        pad: u32,
+        program_flags: u64,
+        links: u64,
+        link_flags: u64,
+        revision: u64,
+    }
+    let mut programs = [0_u32; 64];
+    let mut attr = Attr {
+        target: ifindex,
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        programs: programs.as_mut_ptr() as u64,
+        count: 64,
+        pad: 0,
+        program_flags: 0,
+        links: 0,
+        link_flags: 0,
+        revision: 0,
+    };
+    // SAFETY: the array has as many places as said and lives until the call returns.
+    let result = unsafe { bpf(command::PROG_QUERY, &mut attr) };
+    match result {
+        Ok(_) => Ok(programs.into_iter().take(attr.count as usize).collect()),
+        // No program yet: the device has no tcx entry.
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
+        Err(e) => Err(e),
+    }
+}
+
+#[repr(C)]
+struct ElemAttr {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Looks one entry up. `V` must be as large as the map's values, for all CPUs together in a per-CPU map.
+pub fn map_lookup<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    let mut value = std::mem::MaybeUninit::<V>::zeroed();
+    let mut attr =
+        ElemAttr { map: raw(map), pad: 0, key: address(key), value: value.as_mut_ptr() as u64, flags: 0 };
+    // SAFETY: `map.rs` checks the sizes of a map when it opens it; key and value live until the call returns.
+    match unsafe { bpf(command::MAP_LOOKUP_ELEM, &mut attr) } {
+        // SAFETY: `V` is plain data, zeroed before and filled by the kernel.
+        Ok(_) => Ok(Some(unsafe { value.assume_init() })),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Looks one entry of a per-CPU map up; one value for each possible CPU.
+pub fn map_lookup_per_cpu<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, cpus: usize) -> io::Result<Vec<V>> {
+    let mut values = Vec::<V>::with_capacity(cpus);
+    let mut attr =
+        ElemAttr { map: raw(map), pad: 0, key: address(key), value: values.as_mut_ptr() as u64, flags: 0 };
+    // SAFETY: room for `cpus` values, whose size is a multiple of 8 (checked when the map is opened).
+    unsafe {
+        bpf(command::MAP_LOOKUP_ELEM, &mut attr)?;
+        values.set_len(cpus);
+    }
+    Ok(values)
+}
+
+/// Writes one entry, whether it is there or not.
+pub fn map_update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    let mut attr = ElemAttr { map: raw(map), pad: 0, key: address(key), value: address(value), flags: 0 };
+    // SAFETY: as in `map_lookup`.
+    unsafe { bpf(command::MAP_UPDATE_ELEM, &mut attr) }.map(|_| ())
+}
+
+/// Deletes one entry; false when it was not there.
+pub fn map_delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
+    let mut attr = ElemAttr { map: raw(map), pad: 0, key: address(key), value: 0, flags: 0 };
+    // SAFETY: as in `map_lookup`.
+    match unsafe { bpf(command::MAP_DELETE_ELEM, &mut attr) } {
+        Ok(_) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+#[repr(C)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Writes many entries; returns how many were written, all of them unless there is an error.
+pub fn map_update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> Result<(), (usize, io::Error)> {
+    let count = u32::try_from(keys.len().min(values.len())).unwrap_or(u32::MAX);
+    if count == 0 {
+        return Ok(());
+    }
+    let mut attr = BatchAttr {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count,
+        map: raw(map),
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: both slices have `count` elements and live until the call returns; sizes as in `map_lookup`.
+    match unsafe { bpf(command::MAP_UPDATE_BATCH, &mut attr) } {
+        Ok(_) => Ok(()),
+        Err(e) => Err((attr.count as usize, e)),
+    }
+}
+
+/// Reads a whole map, in batches. Entries that come or go meanwhile may be in it or not.
+pub fn map_read<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
+    let mut chunk = 1024_usize;
+    let (mut cursor, mut next) = ([0_u64; 16], [0_u64; 16]);
+    let mut first = true;
+    let mut all = Vec::new();
+    loop {
+        let (mut keys, mut values) = (Vec::<K>::with_capacity(chunk), Vec::<V>::with_capacity(chunk));
+        let mut attr = BatchAttr {
+            in_batch: if first { 0 } else { cursor.as_ptr() as u64 },
+            out_batch: next.as_mut_ptr() as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: u32::try_from(chunk).unwrap_or(u32::MAX),
+            map: raw(map),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: room for `chunk` keys and values; the cursors are larger than any key of ours.
+        let result = unsafe { bpf(command::MAP_LOOKUP_BATCH, &mut attr) };
+        let done = match result {
+            Ok(_) => false,
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => true,
+            // One bucket holds more than a chunk: ask for more at once.
+            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && chunk < 1 << 20 => {
+                chunk *= 2;
+                continue;
+            }
+            Err(e) => return Err(e),
+        };
+        // SAFETY: the kernel filled `count` of both.
+        unsafe {
+            keys.set_len((attr.count as usize).min(chunk));
+            values.set_len((attr.count as usize).min(chunk));
+        }
+        all.extend(keys.into_iter().zip(values));
+        if done {
+            return Ok(all);
+        }
+        cursor = next;
+        first = false;
+    }
+}
+
+/// What a program did with a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TestRun {
+    /// Its return value.
+    pub verdict: u32,
+    /// The packet afterwards.
+    pub packet: Vec<u8>,
+    /// Nanoseconds for one run, on average.
+    pub nanoseconds: u32,
+}
+
+/// Runs a tc program on a packet without a device (`BPF_PROG_TEST_RUN`); `ifindex` is where it claims to be.
+pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], ifindex: u32, repeat: u32) -> io::Result<TestRun> {
+    #[repr(C)]
+    struct Attr {
+        program: u32,
+        verdict: u32,
+        size_in: u32,
+        size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        context_size_in: u32,
+        context_size_out: u32,
+        context_in: u64,
+        context_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch: u32,
+        pad: u32,
+    }
+    let mut out = vec![0_u8; packet.len() + 256];
+    // `struct __sk_buff`: `ifindex` is its eleventh word; the kernel takes it for the device of the packet.
+    let mut context = [0_u32; 48];
+    context[10] = ifindex;
+    let len = |n: usize| u32::try_from(n).map_err(io::Error::other);
+    let mut attr = Attr {
+        program: raw(program),
+        verdict: 0,
+        size_in: len(packet.len())?,
+        size_out: len(out.len())?,
+        data_in: packet.as_ptr() as u64,
+        data_out: out.as_mut_ptr() as u64,
+        repeat,
+        duration: 0,
+        context_size_in: len(size_of_val(&context))?,
+        context_size_out: 0,
+        context_in: context.as_ptr() as u64,
+        context_out: 0,
+        flags: 0,
+        cpu: 0,
+        batch: 0,
+        pad: 0,
+    };
+    // SAFETY: all buffers are as long as said and live until the call returns.
+    unsafe { bpf(command::PROG_TEST_RUN, &mut attr) }?;
+    out.truncate(attr.size_out as usize);
+    Ok(TestRun { verdict: attr.verdict, packet: out, nanoseconds: attr.duration })
+}
+
+/// Cookie of the network namespace of the calling thread: what `bpf_get_netns_cookie` returns there (Linux 5.14).
+pub fn netns_cookie() -> io::Result<u64> {
+    /// include/uapi/asm-generic/socket.h; not in libc.
+    const SO_NETNS_COOKIE: i32 = 71;
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("[::1]:0"))?;
+    let (mut cookie, mut len) = (0_u64, 8_u32);
+    // SAFETY: eight bytes for an option of eight bytes.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}

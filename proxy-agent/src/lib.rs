@@ -1,0 +1,18 @@
+//! The node agent: from the cluster's objects and the node's interfaces to eBPF maps.
+//!
+//! ```text
+//!   k8s (API server or folder) ─┐                          ┌─▶ dataplane (aya): maps, programs, links
+//!                               ├─ Event ─▶ app: reconciler ┤
+//!   node (netlink) ─────────────┘      (proxy-core, pure)  └─▶ serve: health
+//!
+//!   cli ─▶ view: tables for people and programs, from the pinned maps alone
+//! ```
+
+pub mod app;
+pub mod check;
+pub mod cli;
+pub mod dataplane;
+pub mod k8s;
+pub mod node;
+pub mod serve;
+pub mod view;

@@ -1,0 +1,541 @@
+//! Kubernetes objects to core types: one row for each rule.
+
+use std::fmt::Write as _;
+
+use k8s_openapi::api::core::v1 as core_v1;
+use k8s_openapi::api::discovery::v1 as discovery_v1;
+use proxy_agent::k8s::convert::{Converted, convert_node, convert_service, convert_slice};
+use proxy_core::diagnostic::{Diagnostic, Severity};
+use proxy_core::event::Node;
+use proxy_core::service::{Endpoint, EndpointSlice, Service};
+use serde_json::{Value, json};
+
+fn findings(diagnostics: &[Diagnostic]) -> Vec<String> {
+    let severity = |finding: &Diagnostic| match finding.severity {
+        Severity::Warning => "warning",
+        Severity::Error => "error",
+    };
+    diagnostics.iter().map(|finding| format!("{} {}: {}", severity(finding), finding.field, finding.problem)).collect()
+}
+
+fn show_service(service: &Service) -> String {
+    let ips: Vec<String> = service.cluster_ips.iter().map(ToString::to_string).collect();
+    let ports = service.ports.iter().map(|port| format!("{}={:?}/{}", port.name, port.protocol, port.port));
+    let affinity = service.affinity_seconds.map_or(String::new(), |seconds| format!(" affinity {seconds}"));
+    format!("{} [{}] {}{affinity}", service.name, ips.join(" "), ports.collect::<Vec<_>>().join(" "))
+}
+
+fn show_endpoint(endpoint: &Endpoint) -> String {
+    let mut text = endpoint.address.to_string();
+    for (set, mark) in
+        [(endpoint.ready, " ready"), (endpoint.serving, " serving"), (endpoint.terminating, " terminating")]
+    {
+        if set {
+            text += mark;
+        }
+    }
+    if let Some(node) = &endpoint.node {
+        write!(text, " on {node}").unwrap();
+    }
+    if !endpoint.for_zones.is_empty() {
+        write!(text, " zones {:?}", endpoint.for_zones).unwrap();
+    }
+    if !endpoint.for_nodes.is_empty() {
+        write!(text, " nodes {:?}", endpoint.for_nodes).unwrap();
+    }
+    text
+}
+
+fn show_slice(slice: &EndpointSlice) -> String {
+    let ports = slice.ports.iter().map(|port| format!("{}={:?}/{}", port.name, port.protocol, port.port));
+    let endpoints = slice.endpoints.iter().map(show_endpoint);
+    let (ports, endpoints) = (ports.collect::<Vec<_>>().join(" "), endpoints.collect::<Vec<_>>().join(", "));
+    format!("{} of {}: {ports}: {endpoints}", slice.name, slice.service)
+}
+
+/// What is expected of one object: its text, or `-` for none of ours, and its findings.
+type Want<'a> = (&'a str, &'a [&'a str]);
+
+fn check<T>(row: &str, got: &Converted<T>, show: impl Fn(&T) -> String, want: Want<'_>) {
+    let outcome = got.outcome.as_ref().map_or_else(|| "-".to_owned(), show);
+    let found = findings(&got.diagnostics);
+    let found: Vec<&str> = found.iter().map(String::as_str).collect();
+    assert_eq!((outcome.as_str(), &found[..]), want, "{row}");
+}
+
+fn service(metadata: &Value, spec: Value) -> core_v1::Service {
+    let mut object = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "shop"}});
+    object["metadata"].as_object_mut().unwrap().extend(metadata.as_object().unwrap().clone());
+    object["spec"] = spec;
+    serde_json::from_value(object).unwrap()
+}
+
+#[test]
+fn services() {
+    let http = json!([{"name": "http", "port": 80}]);
+    let spec = |more: Value| {
+        let mut spec = json!({"clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10"], "ports": http});
+        spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        spec
+    };
+    let plain = "shop/web [10.96.0.10] http=Tcp/80";
+    let rows: &[(&str, Value, Want)] = &[
+        ("plain", spec(json!({})), (plain, &[])),
+        ("type given", spec(json!({"type": "ClusterIP"})), (plain, &[])),
+        (
+            "dual stack",
+            spec(json!({"clusterIPs": ["10.96.0.10", "fd00::a"], "ipFamilies": ["IPv4", "IPv6"]})),
+            ("shop/web [10.96.0.10 fd00::a] http=Tcp/80", &[]),
+        ),
+        (
+            "IPv6 first",
+            spec(json!({"clusterIP": "fd00::a", "clusterIPs": ["fd00::a", "10.96.0.10"]})),
+            ("shop/web [fd00::a 10.96.0.10] http=Tcp/80", &[]),
+        ),
+        ("no clusterIPs", json!({"clusterIP": "10.96.0.10", "ports": http}), (plain, &[])),
+        ("funny address", json!({"clusterIP": "010.096.000.010", "ports": http}), (plain, &[])),
+        ("mapped address", json!({"clusterIP": "::ffff:10.96.0.10", "ports": http}), (plain, &[])),
+        ("headless", spec(json!({"clusterIP": "None", "clusterIPs": ["None"]})), ("-", &[])),
+        ("headless by list", json!({"clusterIPs": ["None"], "ports": http}), ("-", &[])),
+        ("headless without ports", json!({"clusterIP": "None"}), ("-", &[])),
+        ("no address yet", json!({"clusterIP": "", "ports": http}), ("-", &[])),
+        ("address absent", json!({"ports": http}), ("-", &[])),
+        ("ExternalName", json!({"type": "ExternalName", "externalName": "example.org"}), ("-", &[])),
+        (
+            "ExternalName with an old address",
+            spec(json!({"type": "ExternalName", "externalName": "example.org"})),
+            ("-", &[]),
+        ),
+        (
+            "address differs from the list",
+            spec(json!({"clusterIP": "10.96.0.11"})),
+            (plain, &["warning spec.clusterIP: \"10.96.0.11\" is not the first of spec.clusterIPs, and is ignored"]),
+        ),
+        (
+            "bad address beside a good one",
+            spec(json!({"clusterIPs": ["10.96.0.10", "fd00::zz"]})),
+            (plain, &["error spec.clusterIPs[1]: \"fd00::zz\" is no IP address, and is left out"]),
+        ),
+        (
+            "bad address alone",
+            json!({"clusterIP": "10.96.0.256", "ports": http}),
+            (
+                "-",
+                &[
+                    "error spec.clusterIP: \"10.96.0.256\" is no IP address, and is left out",
+                    "error spec.clusterIPs: names no valid address, so the Service is not served",
+                ],
+            ),
+        ),
+        (
+            "two of a family",
+            spec(json!({"clusterIPs": ["10.96.0.10", "10.96.0.11"]})),
+            (plain, &["error spec.clusterIPs[1]: 10.96.0.11 is a second address of its family, and is left out"]),
+        ),
+        (
+            "loopback",
+            json!({"clusterIPs": ["127.0.0.1", "fd00::a"], "ports": http}),
+            (
+                "shop/web [fd00::a] http=Tcp/80",
+                &["error spec.clusterIPs[0]: 127.0.0.1 is a loopback address, and is left out"],
+            ),
+        ),
+        (
+            "no ports",
+            spec(json!({"ports": []})),
+            ("-", &["error spec.ports: names no valid port, so the Service is not served"]),
+        ),
+        (
+            "wrong ports",
+            spec(
+                json!({"ports": [{"name": "a", "port": 0}, {"name": "b", "port": 70000}, {"name": "c", "port": -1}, {"name": "d", "port": 65535}]}),
+            ),
+            (
+                "shop/web [10.96.0.10] d=Tcp/65535",
+                &[
+                    "error spec.ports[0].port: 0 is no port number, and this port is left out",
+                    "error spec.ports[1].port: 70000 is no port number, and this port is left out",
+                    "error spec.ports[2].port: -1 is no port number, and this port is left out",
+                ],
+            ),
+        ),
+        (
+            "wrong protocol",
+            spec(json!({"ports": [{"name": "a", "port": 1, "protocol": "tcp"}, {"name": "b", "port": 2}]})),
+            (
+                "shop/web [10.96.0.10] b=Tcp/2",
+                &["error spec.ports[0].protocol: \"tcp\" is unknown, and this port is left out"],
+            ),
+        ),
+        (
+            "one number, three protocols",
+            spec(json!({"ports": [
+                {"name": "a", "port": 53, "protocol": "UDP"},
+                {"name": "b", "port": 53, "protocol": "TCP"},
+                {"name": "c", "port": 53, "protocol": "SCTP"},
+            ]})),
+            ("shop/web [10.96.0.10] a=Udp/53 b=Tcp/53 c=Sctp/53", &[]),
+        ),
+        ("unnamed port", spec(json!({"ports": [{"port": 80}]})), ("shop/web [10.96.0.10] =Tcp/80", &[])),
+        (
+            "duplicate name and number",
+            spec(
+                json!({"ports": [{"name": "a", "port": 1}, {"name": "a", "port": 2}, {"name": "b", "port": 1}, {"name": "c", "port": 3}]}),
+            ),
+            (
+                "shop/web [10.96.0.10] a=Tcp/1 c=Tcp/3",
+                &[
+                    "error spec.ports[1].name: \"a\" is taken by spec.ports[0]; this port is left out",
+                    "error spec.ports[2].port: 1 is taken by spec.ports[0]; this port is left out",
+                ],
+            ),
+        ),
+        (
+            "two unnamed",
+            spec(json!({"ports": [{"port": 1}, {"port": 2}]})),
+            (
+                "shop/web [10.96.0.10] =Tcp/1",
+                &["error spec.ports[1].name: is missing, as in spec.ports[0]; this port is left out"],
+            ),
+        ),
+        (
+            "affinity",
+            spec(json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 90}}})),
+            ("shop/web [10.96.0.10] http=Tcp/80 affinity 90", &[]),
+        ),
+        (
+            "affinity by default",
+            spec(json!({"sessionAffinity": "ClientIP"})),
+            ("shop/web [10.96.0.10] http=Tcp/80 affinity 10800", &[]),
+        ),
+        ("no affinity", spec(json!({"sessionAffinity": "None"})), (plain, &[])),
+        (
+            "affinity out of range",
+            spec(
+                json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 86401}}}),
+            ),
+            (
+                "shop/web [10.96.0.10] http=Tcp/80 affinity 10800",
+                &[
+                    "error spec.sessionAffinityConfig.clientIP.timeoutSeconds: 86401 is out of range, and 10800 is used instead",
+                ],
+            ),
+        ),
+        (
+            "affinity of another kind",
+            spec(json!({"sessionAffinity": "Cookie"})),
+            (plain, &["error spec.sessionAffinity: \"Cookie\" is unknown, and is treated as None"]),
+        ),
+        (
+            "NodePort",
+            spec(json!({"type": "NodePort", "externalTrafficPolicy": "Cluster"})),
+            (
+                plain,
+                &[
+                    "warning spec.type: NodePort is not supported yet: the cluster address is served, the node ports are not",
+                ],
+            ),
+        ),
+        (
+            "LoadBalancer with everything",
+            spec(json!({
+                "type": "LoadBalancer",
+                "externalIPs": ["203.0.113.1"],
+                "externalTrafficPolicy": "Local",
+                "loadBalancerSourceRanges": ["192.0.2.0/24"],
+            })),
+            (
+                plain,
+                &[
+                    "warning spec.type: LoadBalancer is not supported yet: the cluster address is served, node ports and the load balancer's address are not",
+                    "warning spec.externalIPs: are not supported yet: traffic to them is left to the network",
+                    "warning spec.externalTrafficPolicy: Local has no effect: nothing that it governs is served yet",
+                    "warning spec.loadBalancerSourceRanges: have no effect: the load balancer's address is not served, the cluster address is open to all",
+                ],
+            ),
+        ),
+        (
+            "unknown type",
+            spec(json!({"type": "Clusterip"})),
+            (plain, &["warning spec.type: \"Clusterip\" is unknown, and is treated as ClusterIP"]),
+        ),
+        (
+            "internal traffic stays local",
+            spec(json!({"internalTrafficPolicy": "Local"})),
+            (
+                "-",
+                &[
+                    "error spec.internalTrafficPolicy: Local is not supported yet; the Service is not served at all, rather than by pods of other nodes",
+                ],
+            ),
+        ),
+        ("internal traffic", spec(json!({"internalTrafficPolicy": "Cluster"})), (plain, &[])),
+        (
+            "what only controllers read",
+            spec(
+                json!({"trafficDistribution": "PreferClose", "publishNotReadyAddresses": true, "selector": {"a": "b"}}),
+            ),
+            (plain, &[]),
+        ),
+    ];
+    for (row, spec, want) in rows {
+        check(row, &convert_service(&service(&json!({}), spec.clone()), None), show_service, *want);
+    }
+}
+
+#[test]
+fn labels_decide_whose_a_service_is() {
+    let spec = json!({"clusterIP": "10.96.0.10", "ports": [{"port": 80}]});
+    let plain = "shop/web [10.96.0.10] =Tcp/80";
+    let rows: &[(Value, &str)] = &[
+        (json!({}), plain),
+        (json!({"labels": {"service.kubernetes.io/service-proxy-name": "other"}}), "-"),
+        (json!({"labels": {"service.kubernetes.io/service-proxy-name": ""}}), "-"),
+        (json!({"labels": {"service.kubernetes.io/headless": ""}}), "-"),
+        (json!({"labels": {"service.kubernetes.io/headless": "false"}}), "-"),
+        (json!({"labels": {"app": "web"}}), plain),
+        (json!({"namespace": ""}), "default/web [10.96.0.10] =Tcp/80"),
+    ];
+    for (metadata, want) in rows {
+        let got = convert_service(&service(metadata, spec.clone()), None);
+        check(&metadata.to_string(), &got, show_service, (want, &[]));
+    }
+}
+
+#[test]
+fn a_file_has_no_one_to_assign_addresses() {
+    let got = convert_service(&service(&json!({}), json!({"ports": [{"port": 80}]})), Some("a.yaml:3"));
+    let want = Diagnostic {
+        severity: Severity::Warning,
+        object: "a.yaml:3 Service shop/web".to_owned(),
+        field: "spec.clusterIP".to_owned(),
+        problem: "is not set and there is no API server to assign one, so the Service is not served".to_owned(),
+        fix: "write an unused address of the service network, or None for a headless Service".to_owned(),
+    };
+    assert_eq!(got, Converted { outcome: None, diagnostics: vec![want] });
+}
+
+#[test]
+fn a_hundred_ports() {
+    let ports: Vec<Value> = (1..=100).map(|port| json!({"name": format!("p{port}"), "port": port})).collect();
+    let got = convert_service(&service(&json!({}), json!({"clusterIP": "10.96.0.10", "ports": ports})), None);
+    let want: Vec<String> = (1..=100).map(|port| format!("p{port}=Tcp/{port}")).collect();
+    check("100 ports", &got, show_service, (&format!("shop/web [10.96.0.10] {}", want.join(" ")), &[]));
+
+    let wrong: Vec<Value> = (0..100).map(|_| json!({"port": 0})).collect();
+    let got = convert_service(&service(&json!({}), json!({"clusterIP": "10.96.0.10", "ports": wrong})), None);
+    let found = findings(&got.diagnostics);
+    assert_eq!((got.outcome, found.len()), (None, 21));
+    assert_eq!(found[20], "error : has 81 more findings like these");
+}
+
+fn slice(value: &Value) -> discovery_v1::EndpointSlice {
+    let mut object = json!({
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": "web-1", "namespace": "shop", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 8080}],
+        "endpoints": [{"addresses": ["10.244.0.5"]}],
+    });
+    object.as_object_mut().unwrap().extend(value.as_object().unwrap().clone());
+    serde_json::from_value(object).unwrap()
+}
+
+#[test]
+fn slices() {
+    let plain = "shop/web-1 of shop/web: http=Tcp/8080: 10.244.0.5 ready serving";
+    let labels = |labels: Value| json!({"metadata": {"name": "web-1", "namespace": "shop", "labels": labels}});
+    let one = |endpoint: Value| json!({"endpoints": [endpoint]});
+    let empty = "shop/web-1 of shop/web: http=Tcp/8080: ";
+    let rows: &[(&str, Value, Want)] = &[
+        ("plain", json!({}), (plain, &[])),
+        ("no service", labels(json!({})), ("-", &[])),
+        ("empty service", labels(json!({"kubernetes.io/service-name": ""})), ("-", &[])),
+        (
+            "another proxy's",
+            labels(json!({"kubernetes.io/service-name": "web", "service.kubernetes.io/service-proxy-name": "x"})),
+            ("-", &[]),
+        ),
+        (
+            "headless",
+            labels(json!({"kubernetes.io/service-name": "web", "service.kubernetes.io/headless": ""})),
+            ("-", &[]),
+        ),
+        (
+            "FQDN",
+            json!({"addressType": "FQDN", "endpoints": [{"addresses": ["example.org"]}]}),
+            ("-", &["warning addressType: \"FQDN\" cannot be forwarded to, so the slice is ignored"]),
+        ),
+        ("no endpoints", json!({"endpoints": []}), (empty, &[])),
+        (
+            "IPv6",
+            json!({"addressType": "IPv6", "endpoints": [{"addresses": ["fd00::5"]}]}),
+            ("shop/web-1 of shop/web: http=Tcp/8080: fd00::5 ready serving", &[]),
+        ),
+        ("first address alone", one(json!({"addresses": ["10.244.0.5", "10.244.0.6"]})), (plain, &[])),
+        ("funny address", one(json!({"addresses": ["010.244.0.05"]})), (plain, &[])),
+        (
+            "not ready",
+            one(json!({"addresses": ["10.244.0.5"], "conditions": {"ready": false}})),
+            ("shop/web-1 of shop/web: http=Tcp/8080: 10.244.0.5", &[]),
+        ),
+        (
+            "terminating",
+            one(
+                json!({"addresses": ["10.244.0.5"], "conditions": {"ready": false, "serving": true, "terminating": true}}),
+            ),
+            ("shop/web-1 of shop/web: http=Tcp/8080: 10.244.0.5 serving terminating", &[]),
+        ),
+        (
+            "ready and not serving",
+            one(json!({"addresses": ["10.244.0.5"], "conditions": {"serving": false}})),
+            ("shop/web-1 of shop/web: http=Tcp/8080: 10.244.0.5 ready", &[]),
+        ),
+        (
+            "node and hints",
+            one(json!({
+                "addresses": ["10.244.0.5"],
+                "nodeName": "n1",
+                "zone": "z9",
+                "hints": {"forZones": [{"name": "z1"}, {"name": "z2"}], "forNodes": [{"name": "n1"}]},
+            })),
+            (
+                "shop/web-1 of shop/web: http=Tcp/8080: 10.244.0.5 ready serving on n1 zones [\"z1\", \"z2\"] nodes [\"n1\"]",
+                &[],
+            ),
+        ),
+        (
+            "ports",
+            json!({"ports": [
+                {"name": "a", "port": 1, "protocol": "UDP"},
+                {"name": "b"},
+                {"name": "c", "port": 0},
+                {"port": 2, "protocol": "SCTP"},
+                {"name": "d", "port": 3, "protocol": "ICMP"},
+            ]}),
+            (
+                "shop/web-1 of shop/web: a=Udp/1 =Sctp/2: 10.244.0.5 ready serving",
+                &[
+                    "warning ports[1].port: is missing, which means all ports; this port is left out",
+                    "error ports[2].port: 0 is no port number, and this port is left out",
+                    "error ports[4].protocol: \"ICMP\" is unknown, and this port is left out",
+                ],
+            ),
+        ),
+        (
+            "bad endpoints beside a good one",
+            json!({"endpoints": [
+                {"addresses": ["127.0.0.1"]},
+                {"addresses": ["169.254.1.1"]},
+                {"addresses": ["224.0.0.1"]},
+                {"addresses": ["0.0.0.0"]},
+                {"addresses": ["255.255.255.255"]},
+                {"addresses": ["fd00::5"]},
+                {"addresses": ["web.example"]},
+                {"addresses": []},
+                {"addresses": ["10.244.0.5"]},
+            ]}),
+            (
+                plain,
+                &[
+                    "error endpoints[0].addresses[0]: 127.0.0.1 is a loopback address, so the endpoint is left out",
+                    "error endpoints[1].addresses[0]: 169.254.1.1 is a link-local address, so the endpoint is left out",
+                    "error endpoints[2].addresses[0]: 224.0.0.1 is a multicast address, so the endpoint is left out",
+                    "error endpoints[3].addresses[0]: 0.0.0.0 is the unspecified address, so the endpoint is left out",
+                    "error endpoints[4].addresses[0]: 255.255.255.255 is the broadcast address, so the endpoint is left out",
+                    "error endpoints[5].addresses[0]: fd00::5 is not of the slice's addressType, so the endpoint is left out",
+                    "error endpoints[6].addresses[0]: \"web.example\" is no IP address, so the endpoint is left out",
+                    "error endpoints[7].addresses[0]: is missing, so the endpoint is left out",
+                ],
+            ),
+        ),
+        (
+            "bad IPv6 endpoints",
+            json!({"addressType": "IPv6", "endpoints": [
+                {"addresses": ["::1"]}, {"addresses": ["fe80::1"]}, {"addresses": ["ff02::1"]}, {"addresses": ["::"]},
+            ]}),
+            (
+                empty,
+                &[
+                    "error endpoints[0].addresses[0]: ::1 is a loopback address, so the endpoint is left out",
+                    "error endpoints[1].addresses[0]: fe80::1 is a link-local address, so the endpoint is left out",
+                    "error endpoints[2].addresses[0]: ff02::1 is a multicast address, so the endpoint is left out",
+                    "error endpoints[3].addresses[0]: :: is the unspecified address, so the endpoint is left out",
+                ],
+            ),
+        ),
+    ];
+    for (row, value, want) in rows {
+        check(row, &convert_slice(&slice(value), None), show_slice, *want);
+    }
+}
+
+#[test]
+fn a_thousand_endpoints_and_a_hundred_ports() {
+    let address = |at: usize| format!("10.{}.{}.{}", 1 + at / 65536, at / 256 % 256, at % 256);
+    let endpoints: Vec<Value> =
+        (0..1000).map(|at| json!({"addresses": [address(at)], "hints": {"forZones": [{"name": "z"}]}})).collect();
+    let ports: Vec<Value> = (1..=100).map(|port| json!({"name": format!("p{port}"), "port": port})).collect();
+    let got = convert_slice(&slice(&json!({"endpoints": endpoints, "ports": ports})), None);
+    let slice = got.outcome.unwrap();
+    assert_eq!(got.diagnostics, []);
+    assert_eq!(slice.ports.len(), 100);
+    let addresses: Vec<String> = slice.endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
+    assert_eq!(addresses, (0..1000).map(address).collect::<Vec<_>>());
+    let zone = &slice.endpoints[0].for_zones[0];
+    assert!(slice.endpoints.iter().all(|endpoint| std::sync::Arc::ptr_eq(&endpoint.for_zones[0], zone)));
+}
+
+#[test]
+fn nodes() {
+    let node = |value: Value| -> core_v1::Node { serde_json::from_value(value).unwrap() };
+    let full = node(json!({
+        "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "z1"}},
+        "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:1::/64", "10.244.1/24"]},
+        "status": {"addresses": [
+            {"type": "InternalIP", "address": "192.168.0.1"},
+            {"type": "Hostname", "address": "n1"},
+            {"type": "ExternalIP", "address": "203.0.113.9"},
+            {"type": "InternalIP", "address": "fd00:c::1"},
+            {"type": "InternalIP", "address": "n1.example"},
+        ]},
+    }));
+    let got = convert_node(&full, None);
+    let want = Node {
+        name: "n1".into(),
+        zone: Some("z1".into()),
+        pod_cidrs: vec!["10.244.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
+        addresses: vec!["192.168.0.1".parse().unwrap(), "fd00:c::1".parse().unwrap()],
+        leaving: false,
+    };
+    assert_eq!(got.outcome, Some(want));
+    assert_eq!(
+        findings(&got.diagnostics),
+        [
+            "error spec.podCIDRs[2]: \"10.244.1/24\" is no network in CIDR notation, and is left out",
+            "error status.addresses[4].address: \"n1.example\" is no IP address, and is left out",
+        ]
+    );
+
+    let plain = Node { name: "n1".into(), ..Node::default() };
+    let old = Node { pod_cidrs: vec!["10.244.1.0/24".parse().unwrap()], ..plain.clone() };
+    let leaving = Node { leaving: true, ..plain.clone() };
+    let rows = [
+        (json!({"metadata": {"name": "n1"}}), Some(plain.clone())),
+        (json!({"metadata": {"name": "n1"}, "spec": {"podCIDR": "10.244.1.0/24"}}), Some(old)),
+        (
+            json!({"metadata": {"name": "n1"}, "spec": {"taints": [{"key": "node.kubernetes.io/not-ready", "effect": "NoExecute"}]}}),
+            Some(plain),
+        ),
+        (
+            json!({"metadata": {"name": "n1"}, "spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}}),
+            Some(leaving.clone()),
+        ),
+        (json!({"metadata": {"name": "n1", "deletionTimestamp": "2026-01-01T00:00:00Z"}}), Some(leaving)),
+        (json!({"metadata": {}}), None),
+    ];
+    for (value, want) in rows {
+        assert_eq!(convert_node(&node(value.clone()), None).outcome, want, "{value}");
+    }
+}

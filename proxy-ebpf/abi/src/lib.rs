@@ -1,0 +1,117 @@
+//! The types that lie in the eBPF maps. They are defined here and nowhere else.
+//!
+//! ```text
+//!   map             type       key              value                written by
+//!   service         HASH       ServiceId    4   ServiceEntry    152  agent: names for ids, so that they survive it
+//!   backend         ARRAY      BackendId    4   BackendEntry     32  agent
+//!   backend_slot    ARRAY      slot         4   BackendId         4  agent: a frontend owns a range of slots
+//!   frontend        HASH       FrontendKey 20   FrontendEntry    24  agent: one update switches a whole service port
+//!   device          HASH       ifindex      4   DeviceEntry      96  agent
+//!   local_pod       HASH       IpBytes     16   LocalPodEntry    16  agent
+//!   flow_live       HASH       FlowKey     40   FlowEntry       136  programs: established TCP; never evicted
+//!   flow_brief      LRU_HASH   FlowKey     40   FlowEntry       136  programs: handshakes, closing TCP, UDP
+//!   fragment        LRU_HASH   FragmentKey 40   FragmentEntry     8  programs
+//!   socket          LRU_HASH   SocketKey   32   SocketEntry      32  socket programs
+//!   counter         PERCPU_ARRAY index      4   CounterEntry     16  programs: hook × reason
+//! ```
+//!
+//! Every struct is made by one macro, which fixes `repr(C)` and asserts its size and the absence of padding, so a map
+//! key never carries an uninitialised byte. Fields are fixed-size integers or newtypes of them; no enum, `Option` or
+//! `bool`, because the kernel side must be able to read any bit pattern.
+#![no_std]
+
+/// Declares the structs that lie in maps: `repr(C)`, an asserted size, asserted to have no padding.
+macro_rules! abi {
+    ($( $(#[$meta:meta])* pub struct $name:ident [$size:literal] {
+        $( $(#[$fmeta:meta])* pub $field:ident : $type:ty ),+ $(,)?
+    } )+) => { $(
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name { $( $(#[$fmeta])* pub $field: $type ),+ }
+        const _: () = {
+            assert!(core::mem::size_of::<$name>() == $size, "size is part of the map layout");
+            assert!(0 $( + core::mem::size_of::<$type>() )+ == $size, "padding is not allowed");
+        };
+        #[cfg(feature = "user")]
+        // SAFETY: repr(C), no padding (asserted above), every field is valid for any bit pattern.
+        unsafe impl aya::Pod for $name {}
+    )+ };
+}
+
+pub mod addr;
+pub mod device;
+pub mod flow;
+pub mod service;
+pub mod socket;
+pub mod verdict;
+
+pub use addr::{IpBytes, MacBytes, PortBe, Proto};
+pub use device::{DeviceEntry, LocalPodEntry};
+pub use flow::{FlowEntry, FlowKey, FragmentEntry, FragmentKey, Stamp, Tuple, Work};
+pub use service::{BackendEntry, FrontendEntry, FrontendKey, NameBytes, ServiceEntry};
+pub use socket::{SocketEntry, SocketKey};
+pub use verdict::{CounterEntry, Hook, Reason};
+
+/// Version of every layout in this crate. It names the pin directory, so that two versions never share a map.
+/// Raise it with any change of a type here; `tests/abi.rs` of this crate keeps the fingerprint that must change with it.
+pub const ABI_VERSION: u32 = 1;
+
+/// `AF_INET` as it stands in keys.
+pub const FAMILY_IPV4: u8 = 4;
+/// `AF_INET6` as it stands in keys.
+pub const FAMILY_IPV6: u8 = 6;
+
+/// Names of the pinned maps.
+pub mod map {
+    /// Service id → name.
+    pub const SERVICE: &str = "service";
+    /// Backend id → address and port.
+    pub const BACKEND: &str = "backend";
+    /// Slot → backend id.
+    pub const BACKEND_SLOT: &str = "backend_slot";
+    /// Frontend → range of slots.
+    pub const FRONTEND: &str = "frontend";
+    /// Interface index → what hangs there.
+    pub const DEVICE: &str = "device";
+    /// Pod address → interface.
+    pub const LOCAL_POD: &str = "local_pod";
+    /// Established TCP flows.
+    pub const FLOW_LIVE: &str = "flow_live";
+    /// All other flows.
+    pub const FLOW_BRIEF: &str = "flow_brief";
+    /// Ports of fragmented packets.
+    pub const FRAGMENT: &str = "fragment";
+    /// Service addresses that sockets of this node asked for.
+    pub const SOCKET: &str = "socket";
+    /// Packets and bytes by hook and reason.
+    pub const COUNTER: &str = "counter";
+    /// All of them.
+    pub const ALL: [&str; 11] = [
+        SERVICE, BACKEND, BACKEND_SLOT, FRONTEND, DEVICE, LOCAL_POD, FLOW_LIVE, FLOW_BRIEF, FRAGMENT, SOCKET, COUNTER,
+    ];
+}
+
+/// Default capacities, in entries. Idle memory of all maps with these is below 32 MiB.
+pub mod capacity {
+    /// Service ports with a name.
+    pub const SERVICE: u32 = 65_536;
+    /// Backends of all service ports.
+    pub const BACKEND: u32 = 131_072;
+    /// Slots: twice the backends, because a changed service holds its old and its new range for a moment.
+    pub const BACKEND_SLOT: u32 = 262_144;
+    /// Frontends: address, port, protocol.
+    pub const FRONTEND: u32 = 131_072;
+    /// Interfaces; a Linux bridge has at most 1,024 ports.
+    pub const DEVICE: u32 = 4_096;
+    /// Pod addresses on this node.
+    pub const LOCAL_POD: u32 = 8_192;
+    /// Established TCP flows (two entries each when translated, one when not).
+    pub const FLOW_LIVE: u32 = 262_144;
+    /// Handshakes, closing TCP, UDP (two entries each when translated, one when not).
+    pub const FLOW_BRIEF: u32 = 65_536;
+    /// Fragmented packets in transit.
+    pub const FRAGMENT: u32 = 8_192;
+    /// Sockets of the node that use a Service over UDP, or asked for their peer.
+    pub const SOCKET: u32 = 16_384;
+}

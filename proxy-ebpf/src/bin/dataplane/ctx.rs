@@ -1,0 +1,192 @@
+//! The packet in the kernel: all reading and writing of it, and nothing else.
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers;
+use proxy_abi::{IpBytes, MacBytes, Proto, Tuple};
+use proxy_ebpf::packet::{Family, Fragment, OFFSET_MASK, Packet, Parsed};
+
+use proxy_ebpf::rewrite;
+
+/// A packet at a tc hook.
+#[derive(Clone, Copy)]
+pub(crate) struct Skb(pub(crate) *mut __sk_buff);
+
+impl Skb {
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: the kernel hands a valid context to the program; the field is readable.
+        // Read anew each time: what is known of an older copy would set the paths after it apart.
+        unsafe { core::ptr::read_volatile(&raw const (*self.0).data) as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { core::ptr::read_volatile(&raw const (*self.0).data_end) as usize }
+    }
+
+    /// Length in bytes, Ethernet header included.
+    #[inline(always)]
+    pub(crate) fn len(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).len }
+    }
+
+    /// EtherType in memory order.
+    #[inline(always)]
+    pub(crate) fn ethertype(&self) -> u16 {
+        // SAFETY: as above.
+        unsafe { (*self.0).protocol as u16 }
+    }
+
+    /// Does the packet carry a VLAN tag?
+    #[inline(always)]
+    pub(crate) fn has_vlan(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0).vlan_present != 0 }
+    }
+
+    /// Interface of the hook.
+    #[inline(always)]
+    pub(crate) fn ifindex(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).ifindex }
+    }
+
+    /// Makes the first `len` bytes readable and writable by direct access.
+    #[inline(always)]
+    pub(crate) fn pull(&self, len: u32) {
+        if self.data() + (len as usize & OFFSET_MASK) > self.data_end() {
+            let len = if self.len() < len { self.len() } else { len };
+            // SAFETY: the context is valid; all packet pointers are derived again after the call. A failure shows as a
+            // packet that ends early.
+            unsafe { helpers::bpf_skb_pull_data(self.0, len) };
+        }
+    }
+
+    #[inline(always)]
+    fn at<T>(&self, offset: usize) -> Option<*mut T> {
+        let start = self.data() + (offset & OFFSET_MASK);
+        if start + size_of::<T>() > self.data_end() {
+            return None;
+        }
+        Some(start as *mut T)
+    }
+
+    #[inline(always)]
+    fn read<T: Copy>(&self, offset: usize) -> Option<T> {
+        // SAFETY: `at` checked that the whole of it lies in the packet. The kernel allows unaligned access where the
+        // machine does, and packet fields are aligned with the network header.
+        self.at::<T>(offset).map(|p| unsafe { *p })
+    }
+
+    #[inline(always)]
+    fn write<T: Copy>(&self, offset: usize, value: T) -> Option<()> {
+        let p = self.at::<T>(offset)?;
+        // SAFETY: as in `read`; the kernel unshares the head of the packet before a program that writes runs.
+        unsafe { *p = value };
+        Some(())
+    }
+
+    /// Sets the destination MAC, and the source MAC to `src`.
+    #[inline(always)]
+    pub(crate) fn set_macs(&self, dst: &MacBytes, src: &MacBytes) -> Option<()> {
+        self.write(0, dst.0)?;
+        self.write(6, src.0)
+    }
+
+    /// Writes an address at an offset: the last word for IPv4, all four for IPv6.
+    #[inline(always)]
+    fn write_ip<F: Family>(&self, offset: usize, ip: &IpBytes) -> Option<()> {
+        if F::HEADER_CHECKSUM.is_some() {
+            return self.write(offset, ip.v4_word());
+        }
+        self.write(offset, ip.0[0])?;
+        self.write(offset + 4, ip.0[1])?;
+        self.write(offset + 8, ip.0[2])?;
+        self.write(offset + 12, ip.0[3])
+    }
+
+    /// Turns the addresses and ports of a packet from `old` to `new`, with all checksums.
+    ///
+    /// The IPv4 header checksum is written directly (RFC 1624): no device computes it for us. The transport checksum
+    /// goes through `bpf_l4_csum_replace`, which knows whether a device will complete it (CHECKSUM_PARTIAL, where the
+    /// field holds the pseudo-header's sum alone): once for the addresses with BPF_F_PSEUDO_HDR, once for both ports
+    /// without it. A later fragment has neither ports nor checksum. All direct writes come first, because the helper
+    /// invalidates packet pointers.
+    #[inline(always)]
+    pub(crate) fn rewrite<F: Family>(&self, parsed: &Parsed, old: &Tuple, new: &Tuple) -> Option<()> {
+        let difference = rewrite::difference(old, new);
+        if let Some(offset) = F::HEADER_CHECKSUM {
+            let checksum: u16 = self.read(offset)?;
+            self.write(offset, rewrite::header_checksum(checksum, difference))?;
+        }
+        self.write_ip::<F>(F::SRC, &new.src)?;
+        self.write_ip::<F>(F::DST, &new.dst)?;
+        if parsed.fragment == Fragment::LATER {
+            return Some(());
+        }
+        let l4 = parsed.l4 as usize & OFFSET_MASK;
+        let (field, zero_stays) = if parsed.proto == Proto::TCP {
+            (l4 + 16, 0)
+        } else {
+            // RFC 768: a checksum of 0 means there is none, and it stays so.
+            (l4 + 6, u64::from(BPF_F_MARK_MANGLED_0))
+        };
+        let old_ports = rewrite::ports_word(old.src_port, old.dst_port);
+        let new_ports = rewrite::ports_word(new.src_port, new.dst_port);
+        self.write(l4, new_ports)?;
+        let skb = self.0;
+        let flags = u64::from(BPF_F_PSEUDO_HDR) | zero_stays;
+        // SAFETY: the context is valid; the helper checks the offset; no packet pointer lives on.
+        unsafe {
+            if helpers::bpf_l4_csum_replace(skb, field as u32, 0, u64::from(difference), flags) != 0 {
+                return None;
+            }
+            if old_ports != new_ports
+                && helpers::bpf_l4_csum_replace(skb, field as u32, u64::from(old_ports), u64::from(new_ports), zero_stays | 4) != 0
+            {
+                return None;
+            }
+        }
+        Some(())
+    }
+}
+
+impl Packet for Skb {
+    #[inline(always)]
+    fn byte(&self, offset: usize) -> Option<u8> {
+        // Two bytes are asked for: "start >= end" for one gives the verifier no range.
+        self.read::<[u8; 2]>(offset).map(|[byte, _]| byte)
+    }
+
+    #[inline(always)]
+    fn half(&self, offset: usize) -> Option<u16> {
+        self.read(offset)
+    }
+
+    #[inline(always)]
+    fn word(&self, offset: usize) -> Option<u32> {
+        self.read(offset)
+    }
+
+    #[inline(always)]
+    fn forget(&self, number: u32) -> u32 {
+        forget(number)
+    }
+}
+
+/// See [`Packet::forget`]. The verifier follows numbers through the stack in slots of eight bytes, from their beginning;
+/// what is written to the second half of a slot it knows only to be written, unless it is zero, hence the mask.
+#[inline(always)]
+pub(crate) fn forget(number: u32) -> u32 {
+    const MASK: u32 = 0x5a5a_5a5a;
+    #[repr(align(8))]
+    struct Slot([u32; 2]);
+    let mut slot = Slot([MASK; 2]);
+    // SAFETY: a local variable.
+    unsafe {
+        core::ptr::write_volatile(&raw mut slot.0[1], number ^ MASK);
+        core::ptr::read_volatile(&raw const slot.0[1]) ^ MASK
+    }
+}

@@ -1,0 +1,46 @@
+//! Every map and every load-time constant, nothing else. What they hold is written in `proxy_abi`.
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use proxy_abi::verdict::COUNTERS;
+use proxy_abi::{
+    BackendEntry, CounterEntry, DeviceEntry, FlowEntry, FlowKey, FragmentEntry, FragmentKey, FrontendEntry,
+    FrontendKey, IpBytes, LocalPodEntry, ServiceEntry, SocketEntry, SocketKey, Work, capacity,
+};
+
+#[map(name = "service")]
+pub(crate) static SERVICE: HashMap<u32, ServiceEntry> =
+    HashMap::with_max_entries(capacity::SERVICE, BPF_F_NO_PREALLOC);
+#[map(name = "backend")]
+pub(crate) static BACKEND: Array<BackendEntry> = Array::with_max_entries(capacity::BACKEND, 0);
+#[map(name = "backend_slot")]
+pub(crate) static BACKEND_SLOT: Array<u32> = Array::with_max_entries(capacity::BACKEND_SLOT, 0);
+#[map(name = "frontend")]
+pub(crate) static FRONTEND: HashMap<FrontendKey, FrontendEntry> =
+    HashMap::with_max_entries(capacity::FRONTEND, BPF_F_NO_PREALLOC);
+#[map(name = "device")]
+pub(crate) static DEVICE: HashMap<u32, DeviceEntry> = HashMap::with_max_entries(capacity::DEVICE, BPF_F_NO_PREALLOC);
+#[map(name = "local_pod")]
+pub(crate) static LOCAL_POD: HashMap<IpBytes, LocalPodEntry> =
+    HashMap::with_max_entries(capacity::LOCAL_POD, BPF_F_NO_PREALLOC);
+#[map(name = "flow_live")]
+pub(crate) static FLOW_LIVE: HashMap<FlowKey, FlowEntry> =
+    HashMap::with_max_entries(capacity::FLOW_LIVE, BPF_F_NO_PREALLOC);
+#[map(name = "flow_brief")]
+pub(crate) static FLOW_BRIEF: LruHashMap<FlowKey, FlowEntry> = LruHashMap::with_max_entries(capacity::FLOW_BRIEF, 0);
+#[map(name = "fragment")]
+pub(crate) static FRAGMENT: LruHashMap<FragmentKey, FragmentEntry> =
+    LruHashMap::with_max_entries(capacity::FRAGMENT, 0);
+#[map(name = "socket")]
+pub(crate) static SOCKET: LruHashMap<SocketKey, SocketEntry> = LruHashMap::with_max_entries(capacity::SOCKET, 0);
+#[map(name = "counter")]
+pub(crate) static COUNTER: PerCpuArray<CounterEntry> = PerCpuArray::with_max_entries(COUNTERS, 0);
+/// Where a new flow is made.
+#[map(name = "work")]
+pub(crate) static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
+
+/// Cookie of the network namespace whose sockets are translated (`SO_NETNS_COOKIE` of a socket of the agent).
+#[unsafe(no_mangle)]
+pub(crate) static NETNS_COOKIE: Global<u64> = Global::new(0);

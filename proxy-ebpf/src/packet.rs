@@ -1,0 +1,271 @@
+//! Ethernet, IPv4, IPv6 and the first bytes of TCP and UDP: what the programs need to know of a packet.
+//!
+//! ```text
+//!   Ethernet II          IPv4 (RFC 791 §3.1)                 IPv6 (RFC 8200 §3)
+//!   0  destination  6    0 ver|ihl 1   8 ttl      1          0 ver|class|flow 4
+//!   6  source       6    1 tos     1   9 protocol 1          4 payload length 2
+//!   12 type         2    2 length  2  10 checksum 2          6 next header    1
+//!                        4 id      2  12 source   4          7 hop limit      1
+//!                        6 frag    2  16 dest.    4          8 source        16
+//!                                                           24 destination   16
+//! ```
+
+use proxy_abi::{FAMILY_IPV4, FAMILY_IPV6, IpBytes, PortBe, Proto, Reason, Tuple};
+
+/// A packet from its Ethernet header on. Numbers come in memory order; `None` past its end, and for the very last byte
+/// alone: the verifier cannot follow a comparison with the last byte, and no field of ours is there.
+pub trait Packet {
+    /// One byte.
+    fn byte(&self, offset: usize) -> Option<u8>;
+    /// Two bytes.
+    fn half(&self, offset: usize) -> Option<u16>;
+    /// Four bytes.
+    fn word(&self, offset: usize) -> Option<u32>;
+
+    /// The same number. In the kernel it passes through memory of which the verifier tracks no values, so that the paths
+    /// that led to different numbers are walked as one from there on.
+    fn forget(&self, number: u32) -> u32 {
+        number
+    }
+}
+
+impl Packet for [u8] {
+    fn byte(&self, offset: usize) -> Option<u8> {
+        self.get(offset + 1)?;
+        self.get(offset).copied()
+    }
+
+    fn half(&self, offset: usize) -> Option<u16> {
+        Some(u16::from_ne_bytes(self.get(offset..offset.checked_add(2)?)?.try_into().ok()?))
+    }
+
+    fn word(&self, offset: usize) -> Option<u32> {
+        Some(u32::from_ne_bytes(self.get(offset..offset.checked_add(4)?)?.try_into().ok()?))
+    }
+}
+
+/// Length of an Ethernet header without VLAN tag: the kernel keeps tags outside of the packet.
+pub const ETH_LEN: usize = 14;
+
+/// TCP flags (RFC 9293 §3.1), as in byte 13 of the header.
+pub mod tcp_flag {
+    /// No more data from the sender.
+    pub const FIN: u8 = 1;
+    /// Synchronise.
+    pub const SYN: u8 = 2;
+    /// Reset.
+    pub const RST: u8 = 4;
+    /// Acknowledgment is significant.
+    pub const ACK: u8 = 16;
+}
+
+/// Part of a fragmented packet: a number, so that any bit pattern is one (see [`Packet::forget`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fragment(pub u8);
+
+impl Fragment {
+    /// Not fragmented.
+    pub const WHOLE: Self = Self(0);
+    /// The first fragment: has the ports.
+    pub const FIRST: Self = Self(1);
+    /// A later one: has no ports.
+    pub const LATER: Self = Self(2);
+}
+
+/// What was found in a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parsed {
+    /// Addresses and ports; ports are 0 in a later fragment.
+    pub tuple: Tuple,
+    /// Identification of a fragmented packet, in memory order.
+    pub fragment_id: u32,
+    /// Offset of the transport header.
+    pub l4: u16,
+    /// Transport protocol.
+    pub proto: Proto,
+    /// [`FAMILY_IPV4`] or [`FAMILY_IPV6`].
+    pub family: u8,
+    /// TCP flags; 0 for other protocols and later fragments.
+    pub tcp_flags: u8,
+    /// Fragmentation.
+    pub fragment: Fragment,
+}
+
+/// What the network header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    src: IpBytes,
+    dst: IpBytes,
+    proto: u8,
+    l4: usize,
+    fragment: Fragment,
+    fragment_id: u32,
+}
+
+mod sealed {
+    /// Closes [`super::Family`]: there are two and there will be no third.
+    pub trait Sealed {}
+}
+
+/// IPv4 or IPv6: what differs between them, so that everything else is written once.
+pub trait Family: sealed::Sealed {
+    /// EtherType, in memory order.
+    const ETHERTYPE: u16;
+    /// [`FAMILY_IPV4`] or [`FAMILY_IPV6`].
+    const FAMILY: u8;
+    /// Offset of the source address from the Ethernet header.
+    const SRC: usize;
+    /// Offset of the destination address from the Ethernet header.
+    const DST: usize;
+    /// Offset of the header checksum, where there is one.
+    const HEADER_CHECKSUM: Option<usize>;
+
+    /// Reads the network header. The ports follow in [`parse`].
+    fn parse_header<P: Packet + ?Sized>(packet: &P) -> Result<Header, Reason>;
+}
+
+/// IPv4.
+#[derive(Debug)]
+pub struct V4;
+/// IPv6.
+#[derive(Debug)]
+pub struct V6;
+
+impl sealed::Sealed for V4 {}
+impl sealed::Sealed for V6 {}
+
+impl Family for V4 {
+    const ETHERTYPE: u16 = 0x0800_u16.to_be();
+    const FAMILY: u8 = FAMILY_IPV4;
+    const SRC: usize = ETH_LEN + 12;
+    const DST: usize = ETH_LEN + 16;
+    const HEADER_CHECKSUM: Option<usize> = Some(ETH_LEN + 10);
+
+    #[inline(always)]
+    fn parse_header<P: Packet + ?Sized>(packet: &P) -> Result<Header, Reason> {
+        let version_ihl = packet.byte(ETH_LEN).ok_or(Reason::Unparsed)?;
+        let ihl = usize::from(version_ihl & 0x0f) * 4;
+        if version_ihl >> 4 != 4 || ihl < 20 {
+            return Err(Reason::Unparsed);
+        }
+        let src = IpBytes::from_v4_word(packet.word(Self::SRC).ok_or(Reason::Unparsed)?);
+        let dst = IpBytes::from_v4_word(packet.word(Self::DST).ok_or(Reason::Unparsed)?);
+        let proto = packet.byte(ETH_LEN + 9).ok_or(Reason::Unparsed)?;
+        // Flags and offset: bit 13 = more fragments, bits 12..0 = offset in 8-byte units.
+        let frag = u16::from_be(packet.half(ETH_LEN + 6).ok_or(Reason::Unparsed)?);
+        let fragment = match frag & 0x3fff {
+            0 => Fragment::WHOLE,
+            0x2000 => Fragment::FIRST,
+            _ => Fragment::LATER,
+        };
+        let fragment_id = u32::from(packet.half(ETH_LEN + 4).ok_or(Reason::Unparsed)?);
+        Ok(Header { src, dst, proto, l4: ETH_LEN + ihl, fragment, fragment_id })
+    }
+}
+
+/// Next header values of IPv6 that are headers themselves.
+mod next_header {
+    pub(super) const HOP_BY_HOP: u8 = 0;
+    pub(super) const FRAGMENT: u8 = 44;
+    pub(super) const AUTHENTICATION: u8 = 51;
+    pub(super) const DESTINATION: u8 = 60;
+
+    /// A routing header (43) is not walked: while segments are left, its destination is not the one in the header.
+    #[inline(always)]
+    pub(super) const fn is_extension(next: u8) -> bool {
+        matches!(next, HOP_BY_HOP | FRAGMENT | AUTHENTICATION | DESTINATION)
+    }
+}
+
+/// Offsets above this do not occur in a packet of at most 9,216 bytes of headers; the mask lets the verifier see it.
+pub const OFFSET_MASK: usize = 0x3fff;
+
+/// Extension headers that are walked before a packet counts as one that cannot be followed.
+pub const EXTENSION_HEADERS: usize = 6;
+
+impl Family for V6 {
+    const ETHERTYPE: u16 = 0x86dd_u16.to_be();
+    const FAMILY: u8 = FAMILY_IPV6;
+    const SRC: usize = ETH_LEN + 8;
+    const DST: usize = ETH_LEN + 24;
+    const HEADER_CHECKSUM: Option<usize> = None;
+
+    #[inline(always)]
+    fn parse_header<P: Packet + ?Sized>(packet: &P) -> Result<Header, Reason> {
+        if packet.byte(ETH_LEN).ok_or(Reason::Unparsed)? >> 4 != 6 {
+            return Err(Reason::Unparsed);
+        }
+        let word = |offset| packet.word(offset).ok_or(Reason::Unparsed);
+        let src = IpBytes([word(Self::SRC)?, word(Self::SRC + 4)?, word(Self::SRC + 8)?, word(Self::SRC + 12)?]);
+        let dst = IpBytes([word(Self::DST)?, word(Self::DST + 4)?, word(Self::DST + 8)?, word(Self::DST + 12)?]);
+        let mut proto = packet.byte(ETH_LEN + 6).ok_or(Reason::Unparsed)?;
+        let mut header = Header { src, dst, proto, l4: ETH_LEN + 40, fragment: Fragment::WHOLE, fragment_id: 0 };
+        if !next_header::is_extension(proto) {
+            return Ok(header);
+        }
+        let (mut l4, mut fragment) = (header.l4 as u32, 0);
+        for _ in 0..EXTENSION_HEADERS {
+            let at = l4 as usize & OFFSET_MASK;
+            let after = packet.byte(at).ok_or(Reason::Unparsed)?;
+            if proto == next_header::FRAGMENT {
+                // RFC 8200 §4.5: next header, reserved, offset|res|M, identification. With neither offset nor M it is
+                // an atomic fragment (RFC 6946), which is whole.
+                fragment = u32::from(u16::from_be(packet.half(at + 2).ok_or(Reason::Unparsed)?) & 0xfff9);
+                header.fragment_id = word(at + 4)?;
+                l4 = packet.forget(l4 + 8);
+            } else {
+                let len = u32::from(packet.byte(at + 1).ok_or(Reason::Unparsed)?);
+                // RFC 4302 §2.2 counts an authentication header in 4-byte units less 2, the others in 8-byte units
+                // less 1.
+                let bytes = if proto == next_header::AUTHENTICATION { (len + 2) * 4 } else { (len + 1) * 8 };
+                l4 = packet.forget(l4 + bytes);
+            }
+            proto = after;
+            fragment = packet.forget(fragment);
+            // What follows in a later fragment is not a header.
+            if fragment > 1 || !next_header::is_extension(proto) {
+                break;
+            }
+        }
+        header.fragment = match fragment {
+            0 => Fragment::WHOLE,
+            1 => Fragment::FIRST,
+            _ => Fragment::LATER,
+        };
+        header.proto = proto;
+        header.l4 = l4 as usize & OFFSET_MASK;
+        Ok(header)
+    }
+}
+
+/// Reads a packet of family `F`. Only TCP and UDP are followed further; for the rest the reason to let the packet pass
+/// comes back.
+#[inline(always)]
+pub fn parse<F: Family, P: Packet + ?Sized>(packet: &P) -> Result<Parsed, Reason> {
+    let header = F::parse_header(packet)?;
+    let proto = Proto(header.proto);
+    if proto != Proto::TCP && proto != Proto::UDP {
+        return Err(Reason::OtherProtocol);
+    }
+    let (mut src_port, mut dst_port, mut tcp_flags) = (0, 0, 0);
+    if header.fragment != Fragment::LATER {
+        src_port = packet.half(header.l4).ok_or(Reason::Unparsed)?;
+        dst_port = packet.half(header.l4 + 2).ok_or(Reason::Unparsed)?;
+        if proto == Proto::TCP {
+            tcp_flags = packet.byte(header.l4 + 13).ok_or(Reason::Unparsed)?;
+        }
+    }
+    Ok(Parsed {
+        tuple: Tuple { src: header.src, dst: header.dst, src_port: PortBe(src_port), dst_port: PortBe(dst_port) },
+        fragment_id: header.fragment_id,
+        l4: packet.forget(header.l4 as u32) as u16,
+        proto,
+        family: F::FAMILY,
+        tcp_flags: packet.forget(u32::from(tcp_flags)) as u8,
+        fragment: Fragment(packet.forget(u32::from(header.fragment.0)) as u8),
+    })
+}
+
+#[cfg(test)]
+#[path = "packet_tests.rs"]
+mod tests;

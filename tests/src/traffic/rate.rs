@@ -1,0 +1,238 @@
+//! Clients that work as fast as they can for a while: for measurements.
+
+use std::fmt;
+use std::io::{self, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use super::flow::{Flow, Ping};
+use super::socket::{tcp_connect, udp_client};
+use super::wire::{Greeting, Mode, Receipt, UdpReply};
+use crate::error::{Context as _, Error, Result};
+use crate::netns::Netns;
+
+/// For a single operation; longer counts as an error.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What some workers did in some time.
+#[derive(Clone, Debug)]
+pub struct RateReport {
+    /// Operations that succeeded.
+    pub operations: u64,
+    /// Operations that failed.
+    pub errors: u64,
+    /// How the first one failed.
+    pub first_error: Option<String>,
+    /// From the first operation's start to the last one's end.
+    pub duration: Duration,
+    /// Nanoseconds per operation.
+    pub latency: Histogram<u64>,
+}
+
+/// Bytes moved in some time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BulkReport {
+    /// Bytes that the server received.
+    pub bytes: u64,
+    /// From the first write to the server's receipt.
+    pub duration: Duration,
+}
+
+impl RateReport {
+    fn empty() -> Self {
+        let latency = Histogram::new(3).expect("three digits are within the histogram's range");
+        Self { operations: 0, errors: 0, first_error: None, duration: Duration::ZERO, latency }
+    }
+
+    /// Operations per second.
+    pub fn per_second(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^52")]
+        let operations = self.operations as f64;
+        operations / self.duration.as_secs_f64()
+    }
+
+    /// The latency that this share (0 to 1) of the operations did not exceed.
+    pub fn quantile(&self, share: f64) -> Duration {
+        Duration::from_nanos(self.latency.value_at_quantile(share))
+    }
+
+    /// Median latency.
+    pub fn p50(&self) -> Duration {
+        self.quantile(0.5)
+    }
+
+    /// Latency of the slowest hundredth.
+    pub fn p99(&self) -> Duration {
+        self.quantile(0.99)
+    }
+
+    fn count(&mut self, started: Instant, outcome: io::Result<()>) {
+        match outcome {
+            Ok(()) => {
+                self.operations += 1;
+                let nanos = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                self.latency.saturating_record(nanos);
+            }
+            Err(error) => {
+                self.errors += 1;
+                self.first_error.get_or_insert_with(|| error.to_string());
+            }
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.operations += other.operations;
+        self.errors += other.errors;
+        self.first_error = self.first_error.take().or(other.first_error);
+        self.duration = self.duration.max(other.duration);
+        self.latency += &other.latency;
+    }
+}
+
+impl fmt::Display for RateReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.0}/s, p50 {:?}, p99 {:?}, {} errors", self.per_second(), self.p50(), self.p99(), self.errors)
+    }
+}
+
+/// Connect, request, response, close, over and over: every connection is a new flow. The client closes first.
+pub fn connect_rate(netns: &Netns, target: SocketAddr, workers: usize, duration: Duration) -> Result<RateReport> {
+    work(netns, workers, duration, move || {
+        let request = Mode::Echo.encode();
+        Ok(move || {
+            let mut connection = tcp_connect(target, 0, PATIENCE)?;
+            connection.write_all(&request)?;
+            Greeting::read(&connection).map(drop)
+        })
+    })
+}
+
+/// Request and response on one TCP connection per worker.
+pub fn tcp_rr(netns: &Netns, target: SocketAddr, workers: usize, duration: Duration) -> Result<RateReport> {
+    work(netns, workers, duration, move || {
+        let mut flow = Flow::connect(target, 0, PATIENCE)?;
+        Ok(move || match flow.ping(PATIENCE) {
+            Ping::Echoed(_) => Ok(()),
+            failed => Err(io::Error::other(format!("{failed:?}"))),
+        })
+    })
+}
+
+/// Request and response on one UDP socket per worker, `size` bytes (at least 16) each way.
+pub fn udp_rr(
+    netns: &Netns,
+    target: SocketAddr,
+    workers: usize,
+    size: usize,
+    duration: Duration,
+) -> Result<RateReport> {
+    work(netns, workers, duration, move || {
+        let socket = udp_client(target, 0, PATIENCE)?;
+        socket.connect(target)?;
+        let mut request = vec![0; size.max(16)];
+        let mut reply = vec![0; usize::from(u16::MAX)];
+        let mut number = 0_u64;
+        Ok(move || {
+            number += 1;
+            request[..8].copy_from_slice(&number.to_be_bytes());
+            socket.send(&request)?;
+            loop {
+                let len = match socket.recv(&mut reply) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    received => received?,
+                };
+                let answered = UdpReply::read(&reply[..len]).ok_or(io::ErrorKind::InvalidData)?.0;
+                if answered.tag == UdpReply::tag(&request) {
+                    return Ok(());
+                }
+            }
+        })
+    })
+}
+
+/// Bytes as fast as they go, over so many connections, unchecked but counted at the server.
+pub fn tcp_bulk(netns: &Netns, target: SocketAddr, connections: usize, duration: Duration) -> Result<BulkReport> {
+    let barrier = Arc::new(Barrier::new(connections));
+    let senders = (0..connections)
+        .map(|_| {
+            let barrier = Arc::clone(&barrier);
+            netns.spawn("bulk", move || {
+                let connection = tcp_connect(target, 0, PATIENCE);
+                barrier.wait();
+                connection.and_then(|connection| send_until(&connection, duration))
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut total = BulkReport { bytes: 0, duration: Duration::ZERO };
+    for sender in senders {
+        let one = sender.join().context(|| format!("bulk from {} to {target}", netns.name()))?;
+        total.bytes += one.bytes;
+        total.duration = total.duration.max(one.duration);
+    }
+    Ok(total)
+}
+
+fn send_until(mut connection: &TcpStream, duration: Duration) -> io::Result<BulkReport> {
+    connection.write_all(&Mode::Sink.encode())?;
+    Greeting::read(connection)?;
+    let piece = vec![0x5a; 256 * 1024];
+    let start = Instant::now();
+    let mut sent = 0;
+    while start.elapsed() < duration {
+        connection.write_all(&piece)?;
+        sent += piece.len() as u64;
+    }
+    connection.shutdown(Shutdown::Write)?;
+    let receipt = Receipt::read(connection)?;
+    if receipt.len != sent {
+        return Err(io::Error::other(format!("sent {sent} bytes, the server has {}", receipt.len)));
+    }
+    let report = BulkReport { bytes: sent, duration: start.elapsed() };
+    // The server waits for this end.
+    io::copy(&mut connection, &mut io::sink())?;
+    Ok(report)
+}
+
+/// Runs `workers` threads in the namespace. Each prepares itself, waits for the others, and then repeats its
+/// operation until the time is over.
+fn work<P, O>(netns: &Netns, workers: usize, duration: Duration, prepare: P) -> Result<RateReport>
+where
+    P: Fn() -> io::Result<O> + Clone + Send + 'static,
+    O: FnMut() -> io::Result<()>,
+{
+    let barrier = Arc::new(Barrier::new(workers));
+    let threads = (0..workers)
+        .map(|_| {
+            let (prepare, barrier) = (prepare.clone(), Arc::clone(&barrier));
+            netns.spawn("rate", move || {
+                let operation = prepare();
+                barrier.wait();
+                operation.map(|operation| repeat(operation, duration))
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut total = RateReport::empty();
+    for thread in threads {
+        total.add(thread.join().context(|| format!("client in {}", netns.name()))?);
+    }
+    if total.operations == 0 {
+        let first = total.first_error.unwrap_or_else(|| "no time".to_owned());
+        return Err(Error::mismatch(format!("clients in {}", netns.name()), "answers", first));
+    }
+    Ok(total)
+}
+
+fn repeat(mut operation: impl FnMut() -> io::Result<()>, duration: Duration) -> RateReport {
+    let mut report = RateReport::empty();
+    let start = Instant::now();
+    while start.elapsed() < duration {
+        let started = Instant::now();
+        let outcome = operation();
+        report.count(started, outcome);
+    }
+    report.duration = start.elapsed();
+    report
+}

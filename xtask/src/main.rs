@@ -1,0 +1,75 @@
+//! One command per habit, the same for a developer and for CI.
+//!
+//! ```text
+//!   setup   what building and testing need          demo    the node dataplane at work, narrated
+//!   check   rustfmt, tidy, clippy, docs, deny       bench   ratios against plain bridging and kube-proxy
+//!   test    every test, with one line at the end    dist    static binary, manifests, image
+//!   tidy    the repository's own rules
+//! ```
+//!
+//! `check`, `test`, `demo`, `bench` and `dist` call `setup` first.
+
+mod artefact;
+mod bench;
+mod check;
+mod demo;
+mod dist;
+mod privilege;
+mod process;
+mod setup;
+mod test;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::workspace::Workspace;
+
+/// The habits of this repository.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    habit: Habit,
+}
+
+#[derive(Subcommand)]
+enum Habit {
+    /// Installs what building and testing need; does nothing where it is there.
+    Setup(setup::Arguments),
+    /// Format, repository rules, lints, documentation, dependencies.
+    Check,
+    /// Builds and runs the tests.
+    Test(test::Arguments),
+    /// The repository's own rules.
+    Tidy(tidy::Arguments),
+    /// Shows the dataplane on simulated nodes.
+    Demo(demo::Arguments),
+    /// Measures it against plain bridging and kube-proxy.
+    Bench(bench::Arguments),
+    /// Builds what is shipped.
+    Dist,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let workspace = Workspace::find();
+    let done = match arguments.habit {
+        Habit::Setup(arguments) => setup::run(&workspace, &arguments),
+        Habit::Check => check::run(&workspace),
+        Habit::Test(arguments) => test::run(&workspace, &arguments),
+        Habit::Tidy(arguments) => tidy::run(&workspace, &arguments),
+        Habit::Demo(arguments) => demo::run(&workspace, &arguments),
+        Habit::Bench(arguments) => bench::run(&workspace, &arguments),
+        Habit::Dist => dist::run(&workspace),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
