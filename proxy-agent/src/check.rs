@@ -7,10 +7,15 @@ use crate::dataplane::attach::Way;
 use crate::dataplane::{self, AttachMode, Bpf};
 use crate::node::check::{Finding, Level, findings, is_bpffs, read_sysctl};
 
-/// The first mounted cgroup v2 hierarchy.
+/// The mounted root of the cgroup v2 hierarchy. In a container the usual place shows the container's own cgroup, which
+/// has a `cgroup.type`; the root has none (cgroups(7)).
 pub fn find_cgroup2() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
-    mounts.lines().find_map(|line| {
+    cgroup2_mounts(&mounts).find(|path| !path.join("cgroup.type").exists())
+}
+
+fn cgroup2_mounts(mounts: &str) -> impl Iterator<Item = PathBuf> {
+    mounts.lines().filter_map(|line| {
         let mut words = line.split(' ');
         let path = words.nth(1)?;
         (words.next() == Some("cgroup2")).then(|| PathBuf::from(path))
@@ -96,9 +101,15 @@ fn full(error: &dyn std::error::Error) -> String {
     let mut source = error.source();
     while let Some(error) = source {
         let line = error.to_string();
-        // A verifier's log fills the screen; its first line says what matters.
+        // A verifier's log fills the screen; what matters is its first line and the one before its statistics.
+        let mut lines = line.lines();
         text.push_str(": ");
-        text.push_str(line.lines().next().unwrap_or_default());
+        text.push_str(lines.next().unwrap_or_default());
+        let statistics = ["verification time", "stack depth", "processed "];
+        if let Some(last) = lines.rfind(|l| !l.trim().is_empty() && !statistics.iter().any(|s| l.starts_with(s))) {
+            text.push_str(" … ");
+            text.push_str(last.trim());
+        }
         source = error.source();
     }
     text
@@ -118,4 +129,17 @@ fn bridges() -> Vec<String> {
         .filter_map(|interface| interface.name().to_str().ok().map(str::to_owned))
         .filter(|name| Path::new("/sys/class/net").join(name).join("bridge").exists())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup2_is_found_among_the_mounts() {
+        let mounts = "proc /proc proc rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw,nsdelegate 0 0\n\
+                      cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\nnone /host/cgroup/unified cgroup2 rw 0 0\n";
+        let found: Vec<PathBuf> = cgroup2_mounts(mounts).collect();
+        assert_eq!(found, [PathBuf::from("/sys/fs/cgroup"), PathBuf::from("/host/cgroup/unified")]);
+    }
 }

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::image;
 use crate::process;
 use crate::setup::compiler::rustup;
 use crate::setup::{self, Purpose};
@@ -14,8 +15,16 @@ use crate::workspace::Workspace;
 /// Program header type that names a dynamic loader (ELF specification, `PT_INTERP`).
 const PT_INTERP: u32 = 3;
 
+/// What to make.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Only the static program: what the Dockerfile asks for.
+    #[arg(long)]
+    binary_only: bool,
+}
+
 /// The command itself.
-pub(crate) fn run(workspace: &Workspace) -> Result<()> {
+pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     setup::ensure(workspace, Purpose::Build)?;
     let program = build(workspace)?;
     if !is_static(&fs::read(&program)?) {
@@ -26,8 +35,19 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     let shipped = directory.join("proxy-agent");
     fs::copy(&program, &shipped)?;
     println!("program: {}, {} KiB, static", shipped.display(), shipped.metadata()?.len() / 1024);
+    if arguments.binary_only {
+        return Ok(());
+    }
     manifests(workspace)?;
-    image(workspace)
+    let archive = directory.join("proxy-agent-image.tar");
+    let tag = concat!("docker.io/library/proxy-agent:", env!("CARGO_PKG_VERSION"));
+    image::write(&shipped, &[tag, "docker.io/library/proxy-agent:latest"], &archive)?;
+    println!(
+        "image: {}, {} KiB; `docker load -i` or `ctr -n k8s.io images import`",
+        archive.display(),
+        archive.metadata()?.len() / 1024
+    );
+    Ok(())
 }
 
 /// The agent for release, linked statically.
@@ -39,6 +59,8 @@ fn build(workspace: &Workspace) -> Result<PathBuf> {
     let compile = |target: &str| {
         let mut command = workspace.cargo();
         command.args(["build", "--release", "--locked", "--package", "proxy-agent", "--target", target]);
+        // Symbols are most of the file and none of the use: a panic still tells file and line.
+        command.env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
         command
     };
     let built = |target: &str| workspace.target().join(target).join("release/proxy-agent");
@@ -104,18 +126,6 @@ fn resources(kustomization: &str) -> Vec<&str> {
     let lines = kustomization.lines().skip_while(|line| line.trim_end() != "resources:").skip(1);
     let entries = lines.take_while(|line| line.starts_with([' ', '-', '#']));
     entries.filter_map(|line| line.trim().strip_prefix("- ")).map(str::trim).collect()
-}
-
-/// The image, where docker is there and its daemon answers.
-fn image(workspace: &Workspace) -> Result<()> {
-    if !process::succeeds(Command::new("docker").arg("info")) {
-        println!("left out: the image; docker is not there or its daemon does not answer");
-        return Ok(());
-    }
-    let tag = concat!("proxy-agent:", env!("CARGO_PKG_VERSION"));
-    process::run(workspace.command("docker").args(["build", "--file", "deploy/Dockerfile", "--tag", tag, "."]))?;
-    println!("image: {tag}");
-    Ok(())
 }
 
 #[cfg(test)]

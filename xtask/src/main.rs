@@ -14,6 +14,7 @@ mod bench;
 mod check;
 mod demo;
 mod dist;
+mod image;
 mod privilege;
 mod process;
 mod setup;
@@ -50,7 +51,7 @@ enum Habit {
     /// Measures it against plain bridging and kube-proxy.
     Bench(bench::Arguments),
     /// Builds what is shipped.
-    Dist,
+    Dist(dist::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -59,11 +60,15 @@ fn main() -> ExitCode {
     let done = match arguments.habit {
         Habit::Setup(arguments) => setup::run(&workspace, &arguments),
         Habit::Check => check::run(&workspace),
-        Habit::Test(arguments) => test::run(&workspace, &arguments),
+        // It has said what failed in its last lines, which stay the last.
+        Habit::Test(arguments) => match test::run(&workspace, &arguments) {
+            Ok(false) => return ExitCode::FAILURE,
+            passed => passed.map(|_| ()),
+        },
         Habit::Tidy(arguments) => tidy::run(&workspace, &arguments),
         Habit::Demo(arguments) => demo::run(&workspace, &arguments),
         Habit::Bench(arguments) => bench::run(&workspace, &arguments),
-        Habit::Dist => dist::run(&workspace),
+        Habit::Dist(arguments) => dist::run(&workspace, &arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

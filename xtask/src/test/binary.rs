@@ -10,8 +10,9 @@ use super::level::Level;
 use crate::process;
 use crate::workspace::Workspace;
 
-/// Packages whose tests beside the code are known to exist: none of them may silently run nothing.
-pub(crate) const WITH_UNIT_TESTS: [&str; 5] = ["proxy-abi", "proxy-ebpf", "proxy-core", "proxy-agent", "xtask"];
+/// Packages that have tests: none of them may silently run nothing. The layouts of proxy-abi are asserted when it is
+/// compiled.
+pub(crate) const WITH_TESTS: [&str; 5] = ["proxy-ebpf", "proxy-core", "proxy-agent", "proxy-tests", "xtask"];
 
 /// One executable with tests in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
