@@ -32,9 +32,9 @@ pub fn report(pin_root: &Path, cgroup: Option<&Path>) -> Vec<Finding> {
     say(Level::Good, "kernel", format!("Linux {release}"), "");
     match capabilities() {
         Some(effective) => {
-            for (bit, name) in [(12, "CAP_NET_ADMIN"), (39, "CAP_BPF")] {
-                // CAP_SYS_ADMIN (21) implies CAP_BPF.
-                let has = effective >> bit & 1 == 1 || bit == 39 && effective >> 21 & 1 == 1;
+            for (bit, name) in [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")] {
+                // CAP_SYS_ADMIN (21) implies the last two.
+                let has = effective >> bit & 1 == 1 || bit >= 38 && effective >> 21 & 1 == 1;
                 if has {
                     say(Level::Good, name, "held".to_owned(), "");
                 } else {

@@ -35,6 +35,14 @@ pub enum Error {
         /// The pin directory.
         path: PathBuf,
     },
+    /// The process may not do that.
+    #[error("{operation}: not permitted; run as root, or with CAP_BPF and CAP_NET_ADMIN and a --pin-root of one's own")]
+    Denied {
+        /// What was tried.
+        operation: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// A pin cannot be read or made.
     #[error("pin {path}")]
     Pin {
@@ -119,6 +127,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// A failure in a directory of pins.
+    fn pin(path: &Path, source: io::Error) -> Self {
+        if source.kind() == io::ErrorKind::PermissionDenied {
+            return Self::Denied { operation: format!("pin in {}", path.display()), source };
+        }
+        Self::Pin { path: path.to_owned(), source }
+    }
+
     /// Would it be the same without the object that it is about?
     pub fn is_interface_gone(&self) -> bool {
         matches!(self, Self::InterfaceGone { .. })
@@ -183,6 +199,11 @@ impl Bpf {
                 Err(e) if e.is_interface_gone() => attach::detach_pod(&pins, ifindex)?,
                 Err(e) => return Err(e),
             }
+        }
+        // A row without programs does nothing: it is of an interface that has gone, or that was not finished.
+        let attached = attached(&pins)?;
+        for (ifindex, _) in maps.device.read()?.into_iter().filter(|(ifindex, _)| !attached.contains(ifindex)) {
+            maps.device.delete(&ifindex)?;
         }
         Ok(Self { _lock: lock, ebpf, maps, pins, way })
     }

@@ -12,6 +12,10 @@
 //! and runs in ordinary unit tests. The programs in `bin/dataplane` do the looking up.
 #![no_std]
 #![forbid(unsafe_code)]
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "header fields are taken out of wider numbers, which have been masked"
+)]
 
 pub mod balance;
 pub mod conntrack;

@@ -27,6 +27,11 @@ pub trait Packet {
     fn forget(&self, number: u32) -> u32 {
         number
     }
+
+    /// [`walk`], which in the kernel is a function that the verifier looks at once, for all its callers.
+    fn extensions(&self, first: u8) -> Option<Extensions> {
+        walk(self, first)
+    }
 }
 
 impl Packet for [u8] {
@@ -198,44 +203,88 @@ impl Family for V6 {
         let word = |offset| packet.word(offset).ok_or(Reason::Unparsed);
         let src = IpBytes([word(Self::SRC)?, word(Self::SRC + 4)?, word(Self::SRC + 8)?, word(Self::SRC + 12)?]);
         let dst = IpBytes([word(Self::DST)?, word(Self::DST + 4)?, word(Self::DST + 8)?, word(Self::DST + 12)?]);
-        let mut proto = packet.byte(ETH_LEN + 6).ok_or(Reason::Unparsed)?;
-        let mut header = Header { src, dst, proto, l4: ETH_LEN + 40, fragment: Fragment::WHOLE, fragment_id: 0 };
-        if !next_header::is_extension(proto) {
-            return Ok(header);
+        let proto = packet.byte(ETH_LEN + 6).ok_or(Reason::Unparsed)?;
+        let mut header = Header { src, dst, proto, l4: V6_PAYLOAD, fragment: Fragment::WHOLE, fragment_id: 0 };
+        if next_header::is_extension(proto) {
+            let end = packet.extensions(proto).ok_or(Reason::Unparsed)?;
+            header.proto = end.proto;
+            header.l4 = usize::from(end.l4) & OFFSET_MASK;
+            header.fragment = end.fragment;
+            header.fragment_id = end.fragment_id;
         }
-        let (mut l4, mut fragment) = (header.l4 as u32, 0);
-        for _ in 0..EXTENSION_HEADERS {
-            let at = l4 as usize & OFFSET_MASK;
-            let after = packet.byte(at).ok_or(Reason::Unparsed)?;
-            if proto == next_header::FRAGMENT {
-                // RFC 8200 §4.5: next header, reserved, offset|res|M, identification. With neither offset nor M it is
-                // an atomic fragment (RFC 6946), which is whole.
-                fragment = u32::from(u16::from_be(packet.half(at + 2).ok_or(Reason::Unparsed)?) & 0xfff9);
-                header.fragment_id = word(at + 4)?;
-                l4 = packet.forget(l4 + 8);
-            } else {
-                let len = u32::from(packet.byte(at + 1).ok_or(Reason::Unparsed)?);
-                // RFC 4302 §2.2 counts an authentication header in 4-byte units less 2, the others in 8-byte units
-                // less 1.
-                let bytes = if proto == next_header::AUTHENTICATION { (len + 2) * 4 } else { (len + 1) * 8 };
-                l4 = packet.forget(l4 + bytes);
-            }
-            proto = after;
-            fragment = packet.forget(fragment);
-            // What follows in a later fragment is not a header.
-            if fragment > 1 || !next_header::is_extension(proto) {
-                break;
-            }
-        }
-        header.fragment = match fragment {
-            0 => Fragment::WHOLE,
-            1 => Fragment::FIRST,
-            _ => Fragment::LATER,
-        };
-        header.proto = proto;
-        header.l4 = l4 as usize & OFFSET_MASK;
         Ok(header)
     }
+}
+
+/// Offset of what follows an IPv6 header.
+const V6_PAYLOAD: usize = ETH_LEN + 40;
+
+/// What the extension headers of an IPv6 packet lead to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extensions {
+    /// Identification of a fragmented packet, in memory order.
+    pub fragment_id: u32,
+    /// Offset of what follows them.
+    pub l4: u16,
+    /// What that is.
+    pub proto: u8,
+    /// Fragmentation.
+    pub fragment: Fragment,
+}
+
+impl Extensions {
+    /// As one number: all that a function in the kernel can return.
+    #[inline(always)]
+    pub const fn pack(self) -> u64 {
+        (self.fragment_id as u64) << 32 | (self.l4 as u64) << 16 | (self.proto as u64) << 8 | self.fragment.0 as u64
+    }
+
+    /// From that number.
+    #[inline(always)]
+    pub const fn unpack(packed: u64) -> Self {
+        Self {
+            fragment_id: (packed >> 32) as u32,
+            l4: (packed >> 16) as u16,
+            proto: (packed >> 8) as u8,
+            fragment: Fragment(packed as u8),
+        }
+    }
+}
+
+/// Follows the extension headers of an IPv6 packet, of which the first is of the kind `first`; `None` when one of them
+/// is not whole.
+///
+/// Behind the header of a fragment nothing is followed: the later fragments do not show what the first one has there,
+/// and either all of them are translated or none.
+#[inline(always)]
+pub fn walk<P: Packet + ?Sized>(packet: &P, first: u8) -> Option<Extensions> {
+    let (mut proto, mut l4, mut fragment, mut fragment_id) = (first, V6_PAYLOAD as u32, 0, 0);
+    for _ in 0..EXTENSION_HEADERS {
+        let at = l4 as usize & OFFSET_MASK;
+        let after = packet.byte(at)?;
+        if proto == next_header::FRAGMENT {
+            // RFC 8200 §4.5: next header, reserved, offset|res|M, identification. With neither offset nor M it is an
+            // atomic fragment (RFC 6946), which is whole.
+            fragment = packet.forget(u32::from(u16::from_be(packet.half(at + 2)?) & 0xfff9));
+            fragment_id = packet.word(at + 4)?;
+            l4 = packet.forget(l4 + 8);
+        } else {
+            let len = u32::from(packet.byte(at + 1)?);
+            // RFC 4302 §2.2 counts an authentication header in 4-byte units less 2, the others in 8-byte units less 1.
+            let bytes = if proto == next_header::AUTHENTICATION { (len + 2) * 4 } else { (len + 1) * 8 };
+            l4 = packet.forget(l4 + bytes);
+        }
+        proto = packet.forget(u32::from(after)) as u8;
+        if fragment != 0 || !next_header::is_extension(proto) {
+            break;
+        }
+    }
+    let fragment = match fragment {
+        0 => Fragment::WHOLE,
+        1 => Fragment::FIRST,
+        _ => Fragment::LATER,
+    };
+    Some(Extensions { fragment_id, l4: (l4 as usize & OFFSET_MASK) as u16, proto, fragment })
 }
 
 /// Reads a packet of family `F`. Only TCP and UDP are followed further; for the rest the reason to let the packet pass
@@ -259,7 +308,7 @@ pub fn parse<F: Family, P: Packet + ?Sized>(packet: &P) -> Result<Parsed, Reason
         tuple: Tuple { src: header.src, dst: header.dst, src_port: PortBe(src_port), dst_port: PortBe(dst_port) },
         fragment_id: header.fragment_id,
         l4: packet.forget(header.l4 as u32) as u16,
-        proto,
+        proto: Proto(packet.forget(u32::from(proto.0)) as u8),
         family: F::FAMILY,
         tcp_flags: packet.forget(u32::from(tcp_flags)) as u8,
         fragment: Fragment(packet.forget(u32::from(header.fragment.0)) as u8),

@@ -149,6 +149,11 @@ impl Agent {
         })
     }
 
+    /// Starts it over its pins without waiting; nothing may run.
+    pub fn launch_unchecked(&mut self) -> Result<()> {
+        self.launch()
+    }
+
     /// `GET` of a path at its health endpoint: status and body.
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
         http_get(&self.netns, self.options.health, path)
@@ -251,6 +256,42 @@ impl Drop for Agent {
         let _ = remove_tree(&self.pin_root);
         let _ = fs::remove_file(&self.pid_file);
     }
+}
+
+/// How an agent ended that was not to live.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Exit status; `None` when it had to be killed, because it went on.
+    pub status: Option<ExitStatus>,
+    /// All it said.
+    pub said: String,
+}
+
+/// Runs an agent that is expected to refuse its work, and waits for its end. `wrapper` are words before the program
+/// (`setpriv` and its options). Unlike [`Agent`] it cleans nothing up: the pins may belong to another.
+pub fn run_refused(node: &Node, wrapper: &[&str], pin_root: &Path, options: &AgentOptions) -> Result<Refused> {
+    ensure_bpffs()?;
+    let binary = options.binary.clone().map_or_else(find_binary, Ok)?;
+    let log = node.state_dir().join("refused.log");
+    let file = File::create(&log).context(|| format!("create {}", log.display()))?;
+    let words: Vec<_> = wrapper.iter().map(|&word| word.to_owned()).chain([binary.display().to_string()]).collect();
+    let mut command = node.netns().command(&words[0]);
+    command.args(&words[1..]).args(["run", "--source", &options.source, "--node-name", node.name(), "--pin-root"]);
+    command.arg(pin_root).args(&options.args).envs(options.env.iter().cloned());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
+    let mut child = command.spawn().map_err(|source| Error::Spawn { command: command::shown(&command), source })?;
+    let what = "the agent refuses";
+    let ended = Deadline::after(PATIENCE).poll(what, || child.try_wait().context(|| what.to_owned()));
+    let status = match ended {
+        Err(Error::Timeout { .. }) => {
+            child.kill().context(|| what.to_owned())?;
+            child.wait().context(|| what.to_owned())?;
+            None
+        }
+        ended => Some(ended?),
+    };
+    let said = fs::read_to_string(&log).context(|| format!("read {}", log.display()))?;
+    Ok(Refused { status, said })
 }
 
 /// The agent's binary: from [`BINARY_VARIABLE`], or beside the running program, or one directory above it (test

@@ -1,7 +1,7 @@
 //! A cluster from its description.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::address::{Family, OUTSIDE_HOST, underlay};
 use crate::error::{Error, Result};
@@ -254,6 +254,11 @@ impl Cluster {
     /// Prefix of every name of this cluster, unique on the machine.
     pub fn prefix(&self) -> &str {
         self.lease.prefix()
+    }
+
+    /// Folder for the state of whatever serves this cluster; removed with it.
+    pub fn state_dir(&self) -> &Path {
+        self.lease.dir()
     }
 
     /// Folder for Kubernetes manifests, shared by all agents; [`crate::Manifests`] writes it.

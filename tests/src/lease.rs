@@ -122,7 +122,7 @@ fn sweep_locked() -> Result<Vec<String>> {
 fn remove(prefix: &str, dir: &Path) -> Result<()> {
     let mine = |name: &String| prefix_of(name) == Some(prefix);
     for file in names(dir)?.iter().filter(|name| Path::new(name).extension().is_some_and(|end| end == "pid")) {
-        end_process(&dir.join(file), &format!("{BPFFS}/{prefix}-"));
+        end_process(&dir.join(file), &[format!("{BPFFS}/{prefix}-"), format!("{}/", dir.display())]);
     }
     for pin in names(Path::new(BPFFS))?.iter().filter(|name| mine(name)) {
         remove_tree(&Path::new(BPFFS).join(pin))?;
@@ -133,11 +133,14 @@ fn remove(prefix: &str, dir: &Path) -> Result<()> {
     remove_tree(dir)
 }
 
-/// Kills the process that a pid file names, if it is the one that was started: its command line has `mark`.
-fn end_process(pid_file: &Path, mark: &str) {
+/// Kills the process that a pid file names, if it is the one that was started: its command line names the cluster's
+/// pins or files.
+fn end_process(pid_file: &Path, marks: &[String]) {
     let Some(pid) = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse::<i32>().ok()) else { return };
-    let ours = fs::read(format!("/proc/{pid}/cmdline"))
-        .is_ok_and(|line| String::from_utf8_lossy(&line).replace('\0', " ").contains(mark));
+    let ours = fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        marks.iter().any(|mark| line.contains(mark))
+    });
     if ours {
         // Gone between the two steps is as good as killed.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);

@@ -20,11 +20,15 @@
 
 pub mod address;
 pub mod agent;
+pub mod bpf;
 pub mod cluster;
 pub mod cni;
 pub mod command;
 pub mod deadline;
 pub mod error;
+pub mod interrupt;
+pub mod kube_manifest;
+pub mod kube_server;
 pub mod lease;
 mod link;
 pub mod manifests;
@@ -34,6 +38,7 @@ pub mod node;
 pub mod packet;
 pub mod pod;
 pub mod rawsock;
+pub mod scenario;
 pub mod traffic;
 pub mod underlay;
 
@@ -46,3 +51,4 @@ pub use manifests::Manifests;
 pub use netns::Netns;
 pub use node::Node;
 pub use pod::Pod;
+pub use scenario::Scenario;

@@ -6,19 +6,21 @@
 //! | clsact | any | itself: filters belong to the interface | `RTM_NEWTFILTER` with replace, same priority and handle |
 //! | cgroup | 5.7 | the pin of its link | `BPF_LINK_UPDATE` |
 //!
-//! Nothing is ever detached in order to attach something: there is no moment without a program.
+//! Nothing is detached in order to attach something, unless `--attach` was changed: there is no moment without a
+//! program.
 
 use std::fs;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
 use aya::Ebpf;
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
+use aya::programs::tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TcError, tc};
 
 use super::pins::{LinkPin, Pins};
 use super::sysbpf::{self, attach_type};
 use super::{AttachMode, Error};
+use crate::node::netlink::Requests;
 
 /// Programs of a pod interface, with their directions.
 pub const POD_PROGRAMS: [(&str, TcAttachType, u32); 2] = [
@@ -57,6 +59,9 @@ impl Way {
         let has_tcx = match sysbpf::query_tcx(1, attach_type::TCX_INGRESS) {
             Ok(_) => true,
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => false,
+            Err(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
+                return Err(Error::Denied { operation: "look for tcx programs".to_owned(), source });
+            }
             Err(source) => return Err(Error::Attach { program: "tcx", target: "lo".to_owned(), source }),
         };
         match (mode, has_tcx) {
@@ -80,9 +85,13 @@ fn classifier<'a>(ebpf: &'a mut Ebpf, program: &'static str) -> Result<&'a mut S
 
 /// Attaches both programs of a pod interface, or swaps those that are there.
 pub fn attach_pod(ebpf: &mut Ebpf, pins: &Pins, way: Way, ifindex: u32) -> Result<(), Error> {
+    // Programs of the other way, from before --attach was changed: both together would translate twice. This is the one
+    // moment in which something is detached first.
     if way == Way::Clsact {
+        detach_pod_tcx(pins, ifindex)?;
         return attach_pod_clsact(ebpf, pins, ifindex);
     }
+    detach_pod_clsact(pins, ifindex)?;
     for (program, _, attach_type) in POD_PROGRAMS {
         let fd = classifier(ebpf, program)?.fd().map_err(|source| Error::Program { program, source })?;
         let pin = LinkPin::Tcx(program.to_owned(), ifindex);
@@ -125,51 +134,87 @@ fn pin_link(link: &OwnedFd, path: &Path) -> Result<(), Error> {
 
 fn attach_pod_clsact(ebpf: &mut Ebpf, pins: &Pins, ifindex: u32) -> Result<(), Error> {
     let name = interface_name(ifindex)?;
-    let netlink = |program, source: ProgramError| Error::Program { program, source };
+    let mark = pins.link(&LinkPin::Clsact(ifindex));
+    let attached = mark.exists();
+    if !attached {
+        make_mark(&mark)?;
+    }
     match tc::qdisc_add_clsact(&name) {
-        Ok(()) | Err(TcError::AlreadyAttached) => {}
+        Ok(()) => make_mark(&pins.made_qdisc(ifindex))?,
+        Err(TcError::AlreadyAttached) => {}
         // EEXIST: somebody has one; it serves all.
         Err(TcError::NetlinkError(e)) if e.raw_os_error() == Some(libc::EEXIST) => {}
         Err(e) => return Err(Error::Attach { program: "clsact", target: name, source: std::io::Error::other(e) }),
     }
-    let mark = LinkPin::Clsact(ifindex);
-    let attached = pins.link(&mark).exists();
     for (program, direction, _) in POD_PROGRAMS {
         let classifier = classifier(ebpf, program)?;
+        // The mark is made first and may be all that there is: an agent can be killed at any point.
         let id = if attached {
-            let link = SchedClassifierLink::attached(&name, direction, PRIORITY, HANDLE, None)
-                .map_err(|e| Error::Attach { program, target: name.clone(), source: std::io::Error::other(e) })?;
-            classifier.attach_to_link(link).map_err(|e| netlink(program, e))?
+            replace_filter(classifier, &name, direction).or_else(|_absent| add_filter(classifier, &name, direction))
         } else {
-            let options = NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() };
-            classifier
-                .attach_with_options(&name, direction, TcAttachOptions::Netlink(options))
-                .map_err(|e| netlink(program, e))?
+            add_filter(classifier, &name, direction).or_else(|_present| replace_filter(classifier, &name, direction))
         };
+        let failed = |source: ProgramError| Error::Program { program, source };
         // A link object of this kind detaches when it is dropped; the filter is to outlive us.
-        std::mem::forget(classifier.take_link(id).map_err(|e| netlink(program, e))?);
-    }
-    if !attached {
-        let path = pins.link(&mark);
-        fs::create_dir(&path).map_err(|source| Error::Pin { path, source })?;
+        std::mem::forget(classifier.take_link(id.map_err(failed)?).map_err(failed)?);
     }
     Ok(())
 }
 
+fn make_mark(path: &Path) -> Result<(), Error> {
+    fs::create_dir_all(path).map_err(|source| Error::Pin { path: path.to_owned(), source })
+}
+
+fn add_filter(
+    classifier: &mut SchedClassifier,
+    interface: &str,
+    direction: TcAttachType,
+) -> Result<SchedClassifierLinkId, ProgramError> {
+    let options = NlOptions { priority: PRIORITY, handle: HANDLE, ..NlOptions::default() };
+    classifier.attach_with_options(interface, direction, TcAttachOptions::Netlink(options))
+}
+
+fn replace_filter(
+    classifier: &mut SchedClassifier,
+    interface: &str,
+    direction: TcAttachType,
+) -> Result<SchedClassifierLinkId, ProgramError> {
+    let link = SchedClassifierLink::attached(interface, direction, PRIORITY, HANDLE, None)?;
+    classifier.attach_to_link(link)
+}
+
 /// Detaches the programs of a pod interface, which may be gone already.
 pub fn detach_pod(pins: &Pins, ifindex: u32) -> Result<(), Error> {
-    for (program, direction, _) in POD_PROGRAMS {
-        pins.remove_link(&LinkPin::Tcx(program.to_owned(), ifindex))?;
-        let mark = LinkPin::Clsact(ifindex);
-        if pins.link(&mark).exists()
-            && let Ok(name) = interface_name(ifindex)
+    detach_pod_tcx(pins, ifindex)?;
+    detach_pod_clsact(pins, ifindex)
+}
+
+fn detach_pod_tcx(pins: &Pins, ifindex: u32) -> Result<(), Error> {
+    POD_PROGRAMS.iter().try_for_each(|(program, ..)| pins.remove_link(&LinkPin::Tcx((*program).to_owned(), ifindex)))
+}
+
+fn detach_pod_clsact(pins: &Pins, ifindex: u32) -> Result<(), Error> {
+    let mark = LinkPin::Clsact(ifindex);
+    if !pins.link(&mark).exists() {
+        return Ok(());
+    }
+    for (_, direction, _) in POD_PROGRAMS {
+        if let Ok(name) = interface_name(ifindex)
             && let Ok(link) = SchedClassifierLink::attached(&name, direction, PRIORITY, HANDLE, None)
         {
             // Dropping it deletes the filter.
             drop(link);
         }
     }
-    pins.remove_link(&LinkPin::Clsact(ifindex))
+    if pins.made_qdisc(ifindex).exists() {
+        let removed = Requests::open().and_then(|mut netlink| netlink.remove_unused_clsact(ifindex));
+        removed.map_err(|e| Error::Attach {
+            program: "clsact",
+            target: format!("interface {ifindex}"),
+            source: std::io::Error::other(e),
+        })?;
+    }
+    pins.remove_link(&mark)
 }
 
 /// Attaches the socket programs to a cgroup, or swaps those that are there.

@@ -7,6 +7,7 @@
 //!       links/from_pod_7           tcx link of interface 7: the kernel keeps forwarding while the agent is away
 //!       links/to_pod_7
 //!       links/clsact_9/            no link: interface 9 has clsact filters (Linux < 6.6, or asked for)
+//!       links/clsact_9/qdisc/      and its queueing discipline is ours, too
 //!       links/connect4, …          cgroup links
 //! ```
 //!
@@ -114,6 +115,11 @@ impl Pins {
         })
     }
 
+    /// Stands in the mark of an interface whose clsact queueing discipline we made: it goes with our filters.
+    pub fn made_qdisc(&self, ifindex: u32) -> PathBuf {
+        self.link(&LinkPin::Clsact(ifindex)).join("qdisc")
+    }
+
     /// Makes the directories. They must lie on a bpffs: elsewhere nothing can be pinned.
     pub fn create(&self) -> Result<(), Error> {
         let mut above = self.root.as_path();
@@ -121,12 +127,12 @@ impl Pins {
             let Some(parent) = above.parent() else { break };
             above = parent;
         }
-        let kind = statfs(above).map_err(|e| Error::Pin { path: above.to_owned(), source: e.into() })?;
+        let kind = statfs(above).map_err(|e| Error::pin(above, e.into()))?;
         if kind.filesystem_type() != BPF_FS_MAGIC {
             return Err(Error::NoBpffs { path: self.root.clone() });
         }
         for path in [self.maps(), self.links()] {
-            fs::create_dir_all(&path).map_err(|source| Error::Pin { path: path.clone(), source })?;
+            fs::create_dir_all(&path).map_err(|source| Error::pin(&path, source))?;
         }
         Ok(())
     }
@@ -195,7 +201,8 @@ impl Pins {
     /// Removes a link's pin, which detaches its program unless somebody else holds the link.
     pub fn remove_link(&self, pin: &LinkPin) -> Result<(), Error> {
         let path = self.link(pin);
-        let removed = if matches!(pin, LinkPin::Clsact(_)) { fs::remove_dir(&path) } else { fs::remove_file(&path) };
+        let removed =
+            if matches!(pin, LinkPin::Clsact(_)) { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         match removed {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
             _ => Ok(()),

@@ -11,7 +11,8 @@
 //! watch: it waits, longer each time, and goes on from the version it had.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt::Debug;
+use std::error::Error;
+use std::fmt::{Debug, Write as _};
 use std::hash::{BuildHasher, RandomState};
 use std::marker::PhantomData;
 use std::pin::pin;
@@ -172,6 +173,8 @@ impl Watch {
         let Some(metrics) = self.metrics.watch(K::SOURCE) else { return };
         let mut translator = Translator::<K>::new(Arc::clone(&self.node_name));
         let mut backoff = Backoff::new(self.timing);
+        // A server that says 410 is back: the waits that grew while it was away do not hold up the new listing.
+        let mut expired = Backoff::new(self.timing);
         let mut log = Log::default();
         let mut refusals = 0;
         loop {
@@ -195,7 +198,7 @@ impl Watch {
                 metrics.count_error(trouble);
                 log.note(K::KIND, trouble, &error);
                 refusals = if matches!(trouble, Trouble::Server | Trouble::Refused) { refusals + 1 } else { 0 };
-                let wait = backoff.next();
+                let wait = if trouble == Trouble::Expired { expired.next() } else { backoff.next() };
                 tokio::select! {
                     () = sleep(wait) => {}
                     Ok(()) = logins.changed() => backoff.reset(),
@@ -395,7 +398,23 @@ impl Log {
             None => 0,
         };
         self.last.insert(trouble, (Instant::now(), 0));
-        let (trouble, fix) = (trouble.name(), trouble.fix());
+        let (trouble, fix, error) = (trouble.name(), trouble.fix(), with_causes(error));
         tracing::warn!(kind, trouble, more, fix, %error, "watch failed and goes on; the last state stays in effect");
     }
+}
+
+/// The error and what it was caused by: the client says only that it could not connect, its cause why.
+fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        // Some errors show their cause themselves.
+        if !text.ends_with(&said) {
+            // Writing to a String does not fail.
+            let _ = write!(text, ": {said}");
+        }
+        cause = error.source();
+    }
+    text
 }

@@ -115,10 +115,18 @@ impl Transport {
             last = Instant::now();
             match access::login(&config).await {
                 Ok(servers) => {
-                    known = now;
+                    // The same credentials are no news to watches that wait, and to nobody who reads the log.
+                    let news = std::mem::replace(&mut known, now) != now;
                     self.metrics.logins.fetch_add(1, Ordering::Relaxed);
-                    tracing::info!(refused, "logged in to the API server anew");
-                    self.servers.send_replace(servers.into());
+                    if news {
+                        tracing::info!(refused, "logged in to the API server with new credentials");
+                    } else {
+                        tracing::debug!("logged in to the API server again with the same credential files");
+                    }
+                    self.servers.send_if_modified(|held| {
+                        *held = servers.into();
+                        news
+                    });
                 }
                 Err(error) => {
                     if complained.is_none_or(|at| at.elapsed() >= COMPLAINT_GAP) {

@@ -170,6 +170,17 @@ impl Requests {
         Ok(all)
     }
 
+    /// Removes the `clsact` queueing discipline of an interface if no filter is left in it. An absent one is removed
+    /// already.
+    pub fn remove_unused_clsact(&mut self, index: u32) -> Result<(), NetlinkError> {
+        // Handle 0 is the head of a list, not a filter.
+        if self.filters(index)?.iter().any(|filter| filter.handle != 0) {
+            return Ok(());
+        }
+        let done = self.ask("remove a queueing discipline", Request::delete_clsact(index), |_| None::<()>);
+        unless_gone(done, None).map(drop)
+    }
+
     fn list<T>(
         &mut self,
         operation: &'static str,

@@ -22,6 +22,8 @@ pub(super) const FLAG_DUMP: u16 = 0x300;
 /// The table changed while it was listed.
 pub(super) const FLAG_DUMP_INTERRUPTED: u16 = 0x10;
 const FLAG_REQUEST: u16 = 1;
+/// Asks for an answer even where there is nothing to tell.
+const FLAG_ACK: u16 = 4;
 
 /// An answer of the kernel to a request: its errno, or 0.
 pub(super) const KIND_ERROR: u16 = 2;
@@ -60,6 +62,8 @@ const TCA_OPTIONS: u16 = 2;
 const TCA_BPF_NAME: u16 = 7;
 /// The parent that `ingress` and `clsact` queueing disciplines have.
 const TC_PARENT_CLSACT: u32 = 0xffff_fff1;
+/// Their handle.
+const TC_HANDLE_CLSACT: u32 = 0xffff_0000;
 /// The two filter lists of a `clsact` queueing discipline: what comes in from the interface, and what goes out to it.
 /// The older `ingress` one answers to the first.
 pub(super) const FILTER_LISTS: [u32; 2] = [0xffff_fff2, 0xffff_fff3];
@@ -375,6 +379,15 @@ impl Request {
         body[4..8].copy_from_slice(&index.to_ne_bytes());
         body[12..16].copy_from_slice(&list.to_ne_bytes());
         Self::new(libc::RTM_GETTFILTER, FLAG_DUMP, &body)
+    }
+
+    /// Removes the `clsact` queueing discipline of an interface, with whatever filters are in it.
+    pub(super) fn delete_clsact(index: u32) -> Self {
+        let mut body = [0; 20];
+        body[4..8].copy_from_slice(&index.to_ne_bytes());
+        body[8..12].copy_from_slice(&TC_HANDLE_CLSACT.to_ne_bytes());
+        body[12..16].copy_from_slice(&TC_PARENT_CLSACT.to_ne_bytes());
+        Self::new(libc::RTM_DELQDISC, FLAG_ACK, &body)
     }
 
     /// The bytes to send.

@@ -99,7 +99,7 @@ abi! {
     /// Where a program makes a new flow: one for each CPU, in a map of its own that is not pinned. Programs at tc run
     /// with bottom halves off, so none of them interrupts another on its CPU. Being in a map, it costs no stack, and the
     /// verifier forgets what was written: paths that differ by nothing else are walked once.
-    pub struct Work [240] {
+    pub struct Work [280] {
         /// The tuple that a packet is to get.
         pub new: Tuple,
         /// Interface that it is redirected to; 0: on through the stack.
@@ -116,6 +116,8 @@ abi! {
         pub entry: FlowEntry,
         /// A key of it.
         pub key: FlowKey,
+        /// The key of a fragment; what is reserved in it stays 0.
+        pub fragment: FragmentKey,
         /// A reason (`crate::Reason`) on its way back to the caller.
         pub reason: u32,
         /// 0.
@@ -182,11 +184,25 @@ impl Tuple {
         self.src_port.0 <= self.dst_port.0
     }
 
+    /// Is it the same tuple? Without a branch for each word.
+    #[inline(always)]
+    pub const fn is(&self, other: &Self) -> bool {
+        let (a, b, c, d) = (self.src.halves(), other.src.halves(), self.dst.halves(), other.dst.halves());
+        let ports = (self.src_port.0 ^ other.src_port.0) | (self.dst_port.0 ^ other.dst_port.0);
+        (a.0 ^ b.0) | (a.1 ^ b.1) | (c.0 ^ d.0) | (c.1 ^ d.1) | ports as u64 == 0
+    }
+
     /// The key under which both directions are found.
     #[inline(always)]
     pub const fn key(&self, proto: Proto, family: u8, side: u8) -> FlowKey {
+        self.key_by(self.src_is_low() as u32, proto, family, side)
+    }
+
+    /// The same, with the outcome of [`Tuple::src_is_low`] as a number, which a program can let the verifier forget.
+    #[inline(always)]
+    pub const fn key_by(&self, src_is_low: u32, proto: Proto, family: u8, side: u8) -> FlowKey {
         // By masks instead of two copies of the code: the verifier walks one path after the comparison.
-        let mask = 0_u32.wrapping_sub(self.src_is_low() as u32);
+        let mask = 0_u32.wrapping_sub(src_is_low);
         let (s, d) = (self.src.0, self.dst.0);
         let (ports, swap) = (self.src_port.0, (self.src_port.0 ^ self.dst_port.0) & mask as u16);
         let x = [(s[0] ^ d[0]) & mask, (s[1] ^ d[1]) & mask, (s[2] ^ d[2]) & mask, (s[3] ^ d[3]) & mask];

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{self, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Barrier};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
@@ -43,7 +44,8 @@ pub struct BulkReport {
 
 impl RateReport {
     fn empty() -> Self {
-        let latency = Histogram::new(3).expect("three digits are within the histogram's range");
+        // Fixed bounds, because recording saturates at them: up to a minute, which no operation lasts.
+        let latency = Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("bounds and digits are within its range");
         Self { operations: 0, errors: 0, first_error: None, duration: Duration::ZERO, latency }
     }
 
@@ -103,6 +105,31 @@ pub fn connect_rate(netns: &Netns, target: SocketAddr, workers: usize, duration:
     work(netns, workers, duration, move || {
         let request = Mode::Echo.encode();
         Ok(move || {
+            let mut connection = tcp_connect(target, 0, PATIENCE)?;
+            connection.write_all(&request)?;
+            Greeting::read(&connection).map(drop)
+        })
+    })
+}
+
+/// [`connect_rate`] at a steady rate: each worker makes its share, begins each at its time, and catches up when it was
+/// held up.
+pub fn connect_steadily(
+    netns: &Netns,
+    target: SocketAddr,
+    workers: u32,
+    per_second: u32,
+    duration: Duration,
+) -> Result<RateReport> {
+    let interval = Duration::from_secs(1) * workers / per_second.max(1);
+    work(netns, workers as usize, duration, move || {
+        let request = Mode::Echo.encode();
+        let mut due = Instant::now();
+        Ok(move || {
+            while let Some(early) = due.checked_duration_since(Instant::now()).filter(|early| !early.is_zero()) {
+                thread::park_timeout(early);
+            }
+            due += interval;
             let mut connection = tcp_connect(target, 0, PATIENCE)?;
             connection.write_all(&request)?;
             Greeting::read(&connection).map(drop)

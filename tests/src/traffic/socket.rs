@@ -70,7 +70,14 @@ pub fn udp_client(target: SocketAddr, source_port: u16, timeout: Duration) -> io
     let source = SocketAddr::new(unspecified(target), source_port);
     let socket = bind_patiently(|| UdpSocket::bind(source))?;
     socket.set_read_timeout(Some(timeout))?;
+    widen(&socket)?;
     Ok(socket)
+}
+
+/// Makes room for what arrives while its thread does not run: a datagram that the socket itself drops is no loss of
+/// the network. Needs root, as all here does.
+pub fn widen(socket: &UdpSocket) -> io::Result<()> {
+    Ok(setsockopt(socket, sockopt::RcvBufForce, &(8 << 20))?)
 }
 
 /// Did a read or write end because of the socket's timeout? A call with a timeout is also interrupted where others

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::socket::{bind_patiently, canonical};
+use super::socket::{bind_patiently, canonical, widen};
 use super::wire::UdpReply;
 use crate::error::{Context as _, Result};
 use crate::netns::Netns;
@@ -40,6 +40,7 @@ impl UdpServer {
         let what = || format!("UDP server {name} on {address} in {}", netns.name());
         let socket = netns.run(|| bind_patiently(|| UdpSocket::bind(address)))?.context(what)?;
         socket.set_read_timeout(Some(GLANCE)).context(what)?;
+        widen(&socket).context(what)?;
         let address = socket.local_addr().context(what)?;
         let shared = Arc::new(Shared::default());
         let (name, worker) = (name.to_owned(), Arc::clone(&shared));

@@ -1,7 +1,7 @@
 //! What the servers and clients say to each other.
 //!
 //! ```text
-//!   TCP  client: Header ─▶ server: Greeting, then by mode
+//!   TCP  client: Mode ─▶ server: Greeting, then by mode
 //!        Exchange  client: `up` bytes ─▶ server: Receipt, `down` bytes ─▶ client closes
 //!        Echo      client: frame ─▶ server: the same frame, any number of times; none is a bare request-response
 //!        Sink      client: bytes until it shuts down ─▶ server: Receipt
@@ -11,7 +11,7 @@
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 
-/// Bytes of a [`Header`].
+/// Bytes of the header that names a [`Mode`].
 pub const HEADER_LEN: usize = 32;
 /// Bytes of an echo frame: number, then filler derived from it.
 pub const FRAME_LEN: usize = 64;

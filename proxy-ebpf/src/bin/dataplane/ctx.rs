@@ -2,9 +2,8 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers;
-use proxy_abi::{IpBytes, MacBytes, Proto, Tuple};
-use proxy_ebpf::packet::{Family, Fragment, OFFSET_MASK, Packet, Parsed};
-
+use proxy_abi::{FlowEntry, FlowKey, IpBytes, MacBytes, Proto, Tuple};
+use proxy_ebpf::packet::{self, Extensions, Family, Fragment, OFFSET_MASK, Packet, Parsed};
 use proxy_ebpf::rewrite;
 
 /// A packet at a tc hook.
@@ -56,8 +55,8 @@ impl Skb {
     /// Makes the first `len` bytes readable and writable by direct access.
     #[inline(always)]
     pub(crate) fn pull(&self, len: u32) {
+        let len = if self.len() < len { self.len() } else { len };
         if self.data() + (len as usize & OFFSET_MASK) > self.data_end() {
-            let len = if self.len() < len { self.len() } else { len };
             // SAFETY: the context is valid; all packet pointers are derived again after the call. A failure shows as a
             // packet that ends early.
             unsafe { helpers::bpf_skb_pull_data(self.0, len) };
@@ -88,11 +87,16 @@ impl Skb {
         Some(())
     }
 
-    /// Sets the destination MAC, and the source MAC to `src`.
+    /// Sets the destination MAC.
     #[inline(always)]
-    pub(crate) fn set_macs(&self, dst: &MacBytes, src: &MacBytes) -> Option<()> {
-        self.write(0, dst.0)?;
-        self.write(6, src.0)
+    pub(crate) fn set_dst_mac(&self, mac: &MacBytes) -> Option<()> {
+        self.write(0, mac.0)
+    }
+
+    /// Sets the source MAC.
+    #[inline(always)]
+    pub(crate) fn set_src_mac(&self, mac: &MacBytes) -> Option<()> {
+        self.write(6, mac.0)
     }
 
     /// Writes an address at an offset: the last word for IPv4, all four for IPv6.
@@ -144,7 +148,13 @@ impl Skb {
                 return None;
             }
             if old_ports != new_ports
-                && helpers::bpf_l4_csum_replace(skb, field as u32, u64::from(old_ports), u64::from(new_ports), zero_stays | 4) != 0
+                && helpers::bpf_l4_csum_replace(
+                    skb,
+                    field as u32,
+                    u64::from(old_ports),
+                    u64::from(new_ports),
+                    zero_stays | 4,
+                ) != 0
             {
                 return None;
             }
@@ -174,6 +184,23 @@ impl Packet for Skb {
     fn forget(&self, number: u32) -> u32 {
         forget(number)
     }
+
+    #[inline(always)]
+    fn extensions(&self, first: u8) -> Option<Extensions> {
+        let packed = extension_headers(self.0, u32::from(first));
+        if packed == u64::MAX { None } else { Some(Extensions::unpack(packed)) }
+    }
+}
+
+/// [`packet::walk`]; all bits set where it finds no end.
+///
+/// Exported functions like this one the verifier looks at once by themselves, whatever they are called with, and not
+/// once for each state in which they are called. So they take numbers and pointers that may be null, and return a
+/// number.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn extension_headers(skb: *mut __sk_buff, first: u32) -> u64 {
+    packet::walk(&Skb(skb), first as u8).map_or(u64::MAX, Extensions::pack)
 }
 
 /// See [`Packet::forget`]. The verifier follows numbers through the stack in slots of eight bytes, from their beginning;
@@ -189,4 +216,43 @@ pub(crate) fn forget(number: u32) -> u32 {
         core::ptr::write_volatile(&raw mut slot.0[1], number ^ MASK);
         core::ptr::read_volatile(&raw const slot.0[1]) ^ MASK
     }
+}
+
+/// Copies a value word by word. An ordinary copy between places that might overlap becomes a call of `memmove`, which
+/// here is a loop over bytes: slow to run, and walked by the verifier byte for byte.
+#[inline(always)]
+fn copy_by<W: Copy, T>(to: &mut T, from: &T) {
+    const { assert!(align_of::<T>() >= align_of::<W>() && size_of::<T>().is_multiple_of(size_of::<W>())) };
+    let (to, from) = (core::ptr::from_mut(to).cast::<W>(), core::ptr::from_ref(from).cast::<W>());
+    let mut i = 0;
+    while i < size_of::<T>() / size_of::<W>() {
+        // SAFETY: both are references to a `T`, whose words are copied one by one; asserted above.
+        unsafe { core::ptr::write_volatile(to.add(i), core::ptr::read_volatile(from.add(i))) };
+        i += 1;
+    }
+}
+
+/// Copies an address, a tuple or a stamp.
+#[inline(always)]
+pub(crate) fn copy<T>(to: &mut T, from: &T) {
+    copy_by::<u32, T>(to, from);
+}
+
+/// Copies a MAC.
+#[inline(always)]
+pub(crate) fn copy_mac(to: &mut MacBytes, from: &MacBytes) {
+    copy_by::<u8, MacBytes>(to, from);
+}
+
+/// Copies a flow.
+#[inline(always)]
+pub(crate) fn copy_flow(to: &mut FlowEntry, from: &FlowEntry) {
+    copy_by::<u64, FlowEntry>(to, from);
+}
+
+/// [`Tuple::key`], with the comparison forgotten. `proto_family`: protocol, and family in the upper byte.
+#[inline(always)]
+pub(crate) fn write_key(to: &mut FlowKey, tuple: &Tuple, proto_family: u16, side: u8) {
+    let low = forget(u32::from(tuple.src_is_low())) & 1;
+    *to = tuple.key_by(low, Proto(proto_family as u8), (proto_family >> 8) as u8, side);
 }

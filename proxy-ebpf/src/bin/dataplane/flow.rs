@@ -5,10 +5,11 @@
 //! have the same content but for the state, and serve the last packets after the flow has left `flow_live`.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use proxy_abi::flow::state;
 use proxy_abi::{FlowEntry, FlowKey, Hook, Proto, Reason, Work};
 use proxy_ebpf::conntrack;
 
-use crate::ctx::forget;
+use crate::ctx::{copy_flow, forget, write_key};
 use crate::exit::count;
 use crate::maps::{FLOW_BRIEF, FLOW_LIVE, WORK};
 
@@ -32,14 +33,17 @@ pub(crate) fn now() -> u64 {
 
 const ROLES: u16 = FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED;
 
-/// Key of the entry itself, by its role.
+/// Puts the key of the entry in `work`, by its role, beside it.
 #[inline(always)]
-fn own_key(entry: &FlowEntry, proto: Proto, family: u8) -> FlowKey {
-    if entry.flags & FlowEntry::KEY_ORIGINAL != 0 {
-        let side = if entry.flags & FlowEntry::INITIATOR_SIDE != 0 { FlowKey::SIDE_INITIATOR } else { FlowKey::SIDE_COMMON };
-        return entry.original.key(proto, family, side);
-    }
-    entry.translated.key(proto, family, FlowKey::SIDE_COMMON)
+fn own_key(work: &mut Work, proto_family: u16) {
+    let (tuple, side) = if work.entry.flags & FlowEntry::KEY_ORIGINAL == 0 {
+        (&work.entry.translated, FlowKey::SIDE_COMMON)
+    } else if work.entry.flags & FlowEntry::INITIATOR_SIDE == 0 {
+        (&work.entry.original, FlowKey::SIDE_COMMON)
+    } else {
+        (&work.entry.original, FlowKey::SIDE_INITIATOR)
+    };
+    write_key(&mut work.key, tuple, proto_family, side);
 }
 
 /// Writes state and time of a flow into both of its entries, and moves them between the tables when the state asks for
@@ -49,35 +53,41 @@ fn own_key(entry: &FlowEntry, proto: Proto, family: u8) -> FlowKey {
 /// Two CPUs may do this at once for the two directions. Each writes the state that its packet leads to; the tables
 /// differ by nothing but that state, and a lookup finds the flow in one of them at any moment, because an entry is
 /// written to its new table before it leaves the old one.
+#[inline(always)]
+pub(crate) fn update(entry: *mut FlowEntry, state: u8, now: u64, proto_family: u16, hook: Hook) {
+    flow_update(entry, now, u32::from(state), u32::from(proto_family), hook as u32);
+}
+
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn update(entry: *mut FlowEntry, state: u8, now: u64, proto_family: u16, hook: u8) -> u32 {
+extern "C" fn flow_update(entry: *mut FlowEntry, now: u64, state: u32, proto_family: u32, hook: u32) -> u32 {
+    // SAFETY: points into a map, as the caller found it, and map memory stays readable while the program runs. Single
+    // fields of it are written without a lock: any order of two writers leaves a state that one of their packets led to.
+    let Some(entry) = (unsafe { entry.as_mut() }) else { return 0 };
     let Some(work) = WORK.get_ptr_mut(0) else { return 0 };
-    // SAFETY: `entry` points into a map, as the caller found it, and map memory stays readable while the program runs.
-    // Single fields of it are written without a lock: any order of two writers leaves a state that one of their packets
-    // led to. `work` is this CPU's own.
-    let work = unsafe {
-        (*work).entry = *entry;
-        (*entry).state = state;
-        (*entry).last_seen = now;
-        &mut *work
-    };
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    let work = unsafe { &mut *work };
+    let state = state as u8;
+    copy_flow(&mut work.entry, entry);
+    entry.state = state;
+    entry.last_seen = now;
     let was = conntrack::is_live(work.entry.state) && work.entry.flags & FlowEntry::NOT_PROMOTED == 0;
     let moves = forget(u32::from(was) << 1 | u32::from(conntrack::is_live(state)));
     work.entry.state = state;
     work.entry.last_seen = now;
     work.entry.flags &= !FlowEntry::NOT_PROMOTED;
-    let roles = work.entry.flags & ROLES;
+    let both = work.entry.flags & ROLES == ROLES;
     if moves == IN_LIVE || moves == IN_BRIEF {
-        if roles != ROLES {
+        if !both {
             work.entry.flags ^= ROLES;
-            twin(work, proto_family, moves);
+            flow_twin(work, proto_family, moves);
         }
         return 0;
     }
-    transfer(work, proto_family, moves, hook);
-    if roles != ROLES {
+    flow_transfer(work, proto_family, moves, hook);
+    if !both {
         work.entry.flags ^= ROLES;
-        transfer(work, proto_family, moves, hook);
+        flow_transfer(work, proto_family, moves, hook);
     }
     0
 }
@@ -90,44 +100,57 @@ const IN_BRIEF: u32 = 0;
 const PROMOTE: u32 = 1;
 
 /// Keeps the other entry of a flow up to date, in the table where it is.
+///
+/// Under its key there may be another flow by now: the client has begun anew with another backend, or the entry was
+/// evicted and a reply, which nobody translated, began a direct flow there. Such a stray goes; any other stays.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn twin(work: *mut Work, proto_family: u16, moves: u32) -> u32 {
-    // SAFETY: as in `update`.
-    let work = unsafe { &mut *work };
-    work.key = own_key(&work.entry, Proto(proto_family as u8), (proto_family >> 8) as u8);
+extern "C" fn flow_twin(work: *mut Work, proto_family: u32, moves: u32) -> u32 {
+    // SAFETY: as in `flow_update`.
+    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+    own_key(work, proto_family as u16);
+    let found = if moves == IN_LIVE { FLOW_LIVE.get_ptr_mut(&work.key) } else { FLOW_BRIEF.get_ptr_mut(&work.key) };
+    let mut mode = BPF_NOEXIST;
+    if let Some(found) = found {
+        // SAFETY: a pointer into a map that was just found; fields are written as in `flow_update`.
+        let found = unsafe { &mut *found };
+        if found.original.is(&work.entry.original) && found.translated.is(&work.entry.translated) {
+            found.state = work.entry.state;
+            found.last_seen = work.entry.last_seen;
+            return 0;
+        }
+        if !is_stray(found) {
+            return 0;
+        }
+        mode = BPF_ANY;
+    }
     if moves == IN_LIVE {
-        match FLOW_LIVE.get_ptr_mut(&work.key) {
-            // SAFETY: a pointer into a map that was just found; fields are written as in `update`.
-            Some(twin) => unsafe {
-                (*twin).state = work.entry.state;
-                (*twin).last_seen = work.entry.last_seen;
-            },
-            None => drop(FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST))),
-        }
+        let _ = FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST));
     } else {
-        match FLOW_BRIEF.get_ptr_mut(&work.key) {
-            // SAFETY: as above.
-            Some(twin) => unsafe {
-                (*twin).state = work.entry.state;
-                (*twin).last_seen = work.entry.last_seen;
-            },
-            None => drop(FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST))),
-        }
+        let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode));
     }
     0
 }
 
+/// Is it a direct flow of which one direction was seen, or that has ended?
+#[inline(always)]
+fn is_stray(entry: &FlowEntry) -> bool {
+    !entry.is_translated()
+        && (matches!(entry.state, state::UNREPLIED | state::MIDSTREAM) || conntrack::is_over(entry.state))
+}
+
 /// Moves one entry of a flow to the other table.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn transfer(work: *mut Work, proto_family: u16, moves: u32, hook: u8) -> u32 {
-    // SAFETY: as in `update`.
-    let work = unsafe { &mut *work };
-    work.key = own_key(&work.entry, Proto(proto_family as u8), (proto_family >> 8) as u8);
+extern "C" fn flow_transfer(work: *mut Work, proto_family: u32, moves: u32, hook: u32) -> u32 {
+    // SAFETY: as in `flow_update`.
+    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+    own_key(work, proto_family as u16);
     if moves == PROMOTE {
         if FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_ANY)).is_ok() {
             return 0;
         }
-        count(if hook == Hook::FromPod as u8 { Hook::FromPod } else { Hook::ToPod }, Reason::FlowLiveFull, 0);
+        count(if hook == Hook::FromPod as u32 { Hook::FromPod } else { Hook::ToPod }, Reason::FlowLiveFull, 0);
         work.entry.flags |= FlowEntry::NOT_PROMOTED;
         let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY));
         work.entry.flags &= !FlowEntry::NOT_PROMOTED;
@@ -135,5 +158,31 @@ fn transfer(work: *mut Work, proto_family: u16, moves: u32, hook: u8) -> u32 {
         let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY));
         let _ = FLOW_LIVE.remove(&work.key);
     }
+    0
+}
+
+/// Takes a flow whose initiator begins anew out of both tables, under both keys.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn flow_discard(entry: *const FlowEntry, proto_family: u32) -> u32 {
+    // SAFETY: as in `flow_update`.
+    let Some(entry) = (unsafe { entry.as_ref() }) else { return 0 };
+    let Some(work) = WORK.get_ptr_mut(0) else { return 0 };
+    // SAFETY: as in `flow_update`.
+    let work = unsafe { &mut *work };
+    copy_flow(&mut work.entry, entry);
+    flow_remove(work, proto_family);
+    work.entry.flags ^= ROLES;
+    flow_remove(work, proto_family)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn flow_remove(work: *mut Work, proto_family: u32) -> u32 {
+    // SAFETY: as in `flow_update`.
+    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+    own_key(work, proto_family as u16);
+    let _ = FLOW_LIVE.remove(&work.key);
+    let _ = FLOW_BRIEF.remove(&work.key);
     0
 }

@@ -11,8 +11,7 @@ use proxy_abi::{
 };
 
 #[map(name = "service")]
-pub(crate) static SERVICE: HashMap<u32, ServiceEntry> =
-    HashMap::with_max_entries(capacity::SERVICE, BPF_F_NO_PREALLOC);
+pub(crate) static SERVICE: HashMap<u32, ServiceEntry> = HashMap::with_max_entries(capacity::SERVICE, BPF_F_NO_PREALLOC);
 #[map(name = "backend")]
 pub(crate) static BACKEND: Array<BackendEntry> = Array::with_max_entries(capacity::BACKEND, 0);
 #[map(name = "backend_slot")]

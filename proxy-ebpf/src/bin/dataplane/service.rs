@@ -10,10 +10,13 @@ use proxy_abi::{
 use proxy_ebpf::packet::Parsed;
 use proxy_ebpf::{balance, conntrack};
 
-use crate::ctx::forget;
+use crate::ctx::{copy, copy_flow, copy_mac, forget, write_key};
 use crate::exit::count;
 use crate::flow;
 use crate::maps::{BACKEND, BACKEND_SLOT, DEVICE, FLOW_BRIEF, FLOW_LIVE, FRONTEND, LOCAL_POD};
+
+/// What inserting with BPF_NOEXIST says about a key that is there.
+const EEXIST: i32 = -17;
 
 /// How long a handshake that gets no further stands in the way of another flow.
 const HANDSHAKE: u64 = 60 * conntrack::SECOND;
@@ -48,43 +51,89 @@ pub(crate) fn serves(backend: u32, generation: u32) -> bool {
     BACKEND.get(backend).is_some_and(|b| b.generation == generation)
 }
 
-/// Fills in a direct flow: the same tuple for both sides.
+/// What the functions below are told of a packet, as one number.
+#[derive(Clone, Copy)]
+pub(crate) struct Meta(pub(crate) u32);
+
+impl Meta {
+    /// Its flow takes the place of one that is in the table.
+    pub(crate) const REPLACE: u32 = 1 << 24;
+    /// It comes from a pod.
+    pub(crate) const FROM_POD: u32 = 1 << 25;
+
+    #[inline(always)]
+    pub(crate) fn new(parsed: &Parsed, flags: u32) -> Self {
+        Self(u32::from(parsed.proto.0) | u32::from(parsed.family) << 8 | u32::from(parsed.tcp_flags) << 16 | flags)
+    }
+
+    #[inline(always)]
+    fn proto(self) -> Proto {
+        Proto(self.0 as u8)
+    }
+
+    #[inline(always)]
+    fn proto_family(self) -> u16 {
+        self.0 as u16
+    }
+
+    #[inline(always)]
+    fn tcp_flags(self) -> u8 {
+        (self.0 >> 16) as u8
+    }
+
+    #[inline(always)]
+    fn is(self, flag: u32) -> bool {
+        self.0 & flag != 0
+    }
+}
+
+/// Fills in a direct flow with the tuple in `original`: the same for both sides.
 #[inline(always)]
-fn begin(entry: &mut FlowEntry, parsed: &Parsed, device: &DeviceEntry, ifindex: u32, from_pod: bool) {
+fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) {
     const NONE: Stamp = Stamp { revision: 0, rule: 0 };
-    entry.original = parsed.tuple;
-    entry.translated = parsed.tuple;
+    const NOBODY: MacBytes = MacBytes([0; 6]);
+    copy(&mut entry.translated, &entry.original);
+    copy(&mut entry.initiator_stamp, &NONE);
+    copy(&mut entry.responder_stamp, &NONE);
     entry.last_seen = flow::now();
     entry.service = 0;
     entry.backend = 0;
     entry.generation = 0;
-    entry.initiator_ifindex = if from_pod { ifindex } else { 0 };
-    entry.responder_ifindex = if from_pod { 0 } else { ifindex };
-    entry.initiator_stamp = NONE;
-    entry.responder_stamp = NONE;
-    entry.initiator_mac = if from_pod { device.pod_mac } else { MacBytes([0; 6]) };
-    entry.responder_mac = if from_pod { MacBytes([0; 6]) } else { device.pod_mac };
-    entry.initiator_slot = if from_pod { device.slot } else { 0 };
-    entry.responder_slot = if from_pod { 0 } else { device.slot };
     entry.flags = FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED;
-    entry.state = conntrack::first(parsed.proto, parsed.tcp_flags);
-    entry.provenance = if from_pod { provenance::POD } else { provenance::OUTSIDE };
+    entry.state = conntrack::first(meta.proto(), meta.tcp_flags());
+    if meta.is(Meta::FROM_POD) {
+        entry.initiator_ifindex = ifindex;
+        entry.responder_ifindex = 0;
+        copy_mac(&mut entry.initiator_mac, &device.pod_mac);
+        copy_mac(&mut entry.responder_mac, &NOBODY);
+        entry.initiator_slot = device.slot;
+        entry.responder_slot = 0;
+        entry.provenance = provenance::POD;
+    } else {
+        entry.initiator_ifindex = 0;
+        entry.responder_ifindex = ifindex;
+        copy_mac(&mut entry.initiator_mac, &NOBODY);
+        copy_mac(&mut entry.responder_mac, &device.pod_mac);
+        entry.initiator_slot = 0;
+        entry.responder_slot = device.slot;
+        entry.provenance = provenance::OUTSIDE;
+    }
 }
 
-/// May a new flow take the key of this one? Yes when it is the same flow's leftover, has ended, or leads nowhere.
+/// May a new flow take the key of this one, which is not in `flow_live`? Yes when it is the same flow's leftover, has
+/// ended, or leads nowhere.
 #[inline(always)]
 fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto) -> bool {
-    if conntrack::is_live(old.state) {
-        return false;
-    }
-    let idle = new.last_seen.saturating_sub(old.last_seen);
-    if conntrack::is_over(old.state) || conntrack::is_idle(old.state, idle) {
+    if old.original.is(&new.original) {
         return true;
     }
-    let (a, b) = (&old.original, &new.original);
-    let ports = (a.src_port.0 ^ b.src_port.0) | (a.dst_port.0 ^ b.dst_port.0);
-    let (s, t, d, e) = (a.src.halves(), b.src.halves(), a.dst.halves(), b.dst.halves());
-    if u64::from(ports) | (s.0 ^ t.0) | (s.1 ^ t.1) | (d.0 ^ e.0) | (d.1 ^ e.1) == 0 {
+    let idle = new.last_seen.saturating_sub(old.last_seen);
+    if conntrack::is_live(old.state) {
+        // Established, but in no other table: `flow_live` had no room; or it is being moved there this very moment; or
+        // it was removed from there, and this is what was left behind.
+        return old.flags & FlowEntry::NOT_PROMOTED == 0 && idle > HANDSHAKE;
+    }
+    if conntrack::is_over(old.state) || conntrack::is_idle(old.state, idle) {
         return true;
     }
     if proto == Proto::TCP {
@@ -94,12 +143,13 @@ fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto) -> bool {
 }
 
 /// Takes the key of the translated tuple for the flow in `work`, or tells that another flow has it.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn reserve(work: *mut Work, proto_family: u16) -> u32 {
-    let (proto, family) = (Proto(proto_family as u8), (proto_family >> 8) as u8);
+extern "C" fn service_reserve(work: *mut Work, proto_family: u32) -> u32 {
+    let proto = Proto(proto_family as u8);
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
-    let work = unsafe { &mut *work };
-    work.key = work.entry.translated.key(proto, family, FlowKey::SIDE_COMMON);
+    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+    write_key(&mut work.key, &work.entry.translated, proto_family as u16, FlowKey::SIDE_COMMON);
     let mut reason = Reason::ClashUnresolved;
     if proto != Proto::TCP || FLOW_LIVE.get_ptr(&work.key).is_none() {
         if FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)).is_ok() {
@@ -118,62 +168,64 @@ fn reserve(work: *mut Work, proto_family: u16) -> u32 {
     0
 }
 
-/// What `reserve` and its like left in `work`. Read from memory, so that the verifier walks what follows once.
+/// What the functions here left in `work`. Read from memory, so that the verifier walks what follows once.
 #[inline(always)]
 pub(crate) fn reason(work: *const Work) -> u32 {
-    // SAFETY: as in `reserve`.
+    // SAFETY: as in `service_reserve`.
     unsafe { core::ptr::read_volatile(&raw const (*work).reason) }
 }
 
-#[inline(always)]
-fn set_reason(work: *mut Work, reason: Reason) {
-    // SAFETY: as in `reserve`.
-    unsafe { core::ptr::write_volatile(&raw mut (*work).reason, reason as u32) };
-}
-
-/// Chooses a backend for the flow in `work`, and with it the path.
+/// Chooses a backend for the flow in `work`, and with it the path. 0: none, with the reason in `work`.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn try_backend(work: *mut Work, frontend: *const FrontendEntry, device: *const DeviceEntry) -> u32 {
-    // SAFETY: pointers into maps that were just found.
-    let (entry, frontend, device) = unsafe { (&mut (*work).entry, &*frontend, &*device) };
+extern "C" fn service_backend(work: *mut Work, frontend: *const FrontendEntry, device: *const DeviceEntry) -> u32 {
+    // SAFETY: this CPU's entry of the map `work`, and pointers into maps that were just found.
+    let (Some(work), Some(frontend), Some(device)) = (unsafe { (work.as_mut(), frontend.as_ref(), device.as_ref()) })
+    else {
+        return 0;
+    };
     match choose(frontend) {
         Ok((id, backend)) => {
+            let entry = &mut work.entry;
             entry.backend = id;
             entry.generation = backend.generation;
-            entry.translated.dst = backend.ip;
+            copy(&mut entry.translated.dst, &backend.ip);
             entry.translated.dst_port = backend.port;
-            entry.translated.src = entry.original.src;
+            copy(&mut entry.translated.src, &entry.original.src);
             path(entry, device);
-            forget(1)
+            1
         }
         Err(why) => {
-            set_reason(work, why);
-            forget(0)
+            work.reason = why as u32;
+            0
         }
     }
 }
 
-/// Makes the flow of a first packet to a Service and leaves it under both of its keys, and in `work`. The entry for
-/// replies goes in first, with BPF_NOEXIST; where two flows would look alike to a backend, another backend or source
-/// port is taken. The reason is in `work`.
+/// Makes the flow of a first packet to a Service, whose tuple is in `work`, and leaves it under both of its keys, and in
+/// `work`. The entry for replies goes in first, with BPF_NOEXIST; where two flows would look alike to a backend, another
+/// backend or source port is taken. The reason is in `work`.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn open(
+pub(crate) extern "C" fn service_open(
     work: *mut Work,
-    parsed: &Parsed,
     frontend: *const FrontendEntry,
     device: *const DeviceEntry,
     ifindex: u32,
+    meta: u32,
 ) -> u32 {
-    // SAFETY: pointers into maps that were just found.
-    let (entry, service) = unsafe { (&mut (*work).entry, (*frontend).service) };
-    // SAFETY: as above.
-    begin(entry, parsed, unsafe { &*device }, ifindex, true);
-    entry.service = service;
-    let proto_family = u16::from(parsed.proto.0) | u16::from(parsed.family) << 8;
+    // SAFETY: as in `service_backend`.
+    let (Some(work), Some(frontend), Some(device)) = (unsafe { (work.as_mut(), frontend.as_ref(), device.as_ref()) })
+    else {
+        return 0;
+    };
+    let meta = Meta(meta);
+    begin(&mut work.entry, meta, device, ifindex);
+    work.entry.service = frontend.service;
     let mut found = 0;
     for attempt in 0..balance::BACKEND_TRIES + balance::PORT_TRIES {
         if attempt < balance::BACKEND_TRIES {
-            if try_backend(work, frontend, device) == 0 {
+            if service_backend(work, frontend, device) == 0 {
                 continue;
             }
             found = forget(1);
@@ -181,32 +233,44 @@ pub(crate) fn open(
             if found == 0 {
                 break;
             }
-            // SAFETY: as above.
-            unsafe { (*work).entry.translated.src_port = balance::source_port(random()) };
+            work.entry.translated.src_port = balance::source_port(random());
         }
-        // SAFETY: as above.
-        unsafe { (*work).entry.flags = (*work).entry.flags & !FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED };
-        reserve(work, proto_family);
+        work.entry.flags = work.entry.flags & !FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED;
+        service_reserve(work, u32::from(meta.proto_family()));
         if reason(work) == Reason::ServiceNew as u32 {
             break;
         }
     }
     if reason(work) == Reason::ServiceNew as u32 {
-        finish(work, proto_family, FlowKey::SIDE_COMMON);
+        let mode = if meta.is(Meta::REPLACE) { BPF_ANY } else { BPF_NOEXIST };
+        service_finish(work, u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_COMMON), mode);
     }
     0
 }
 
 /// Puts the flow in `work` under the key of its original tuple, too.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn finish(work: *mut Work, proto_family: u16, side: u8) -> u32 {
-    let (proto, family) = (Proto(proto_family as u8), (proto_family >> 8) as u8);
-    // SAFETY: as in `reserve`.
-    let work = unsafe { &mut *work };
+extern "C" fn service_finish(work: *mut Work, proto_family: u32, side: u32, mode: u32) -> u32 {
+    // SAFETY: as in `service_reserve`.
+    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+    let mut mode = mode;
     work.entry.flags = work.entry.flags & !FlowEntry::KEY_TRANSLATED | FlowEntry::KEY_ORIGINAL;
-    work.key = work.entry.original.key(proto, family, side);
-    if FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY)).is_err() {
-        work.reason = Reason::FlowTableFull as u32;
+    if work.entry.original.is(&work.entry.translated) {
+        // A Service whose address is its backend's: nothing to translate, and one key, which the flow has already.
+        work.entry.flags = FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED;
+        mode = BPF_ANY;
+    }
+    write_key(&mut work.key, &work.entry.original, proto_family as u16, side as u8);
+    match FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode)) {
+        Ok(()) => {}
+        // Another CPU opened the flow with its first or second packet, this very moment: this one goes the same way.
+        Err(EEXIST) if let Some(first) = FLOW_BRIEF.get_ptr(&work.key) => {
+            // SAFETY: a pointer into a map that was just found.
+            copy_flow(&mut work.entry, unsafe { &*first });
+            work.reason = Reason::Service as u32;
+        }
+        Err(_) => work.reason = Reason::FlowTableFull as u32,
     }
     if work.entry.translated.src_port != work.entry.original.src_port {
         count(Hook::FromPod, Reason::PortRemapped, 0);
@@ -219,20 +283,21 @@ fn finish(work: *mut Work, proto_family: u16, side: u8) -> u32 {
 fn path(out: &mut FlowEntry, device: &DeviceEntry) {
     out.flags &= !(FlowEntry::REDIRECT | FlowEntry::SWITCH | FlowEntry::HAIRPIN);
     out.responder_ifindex = 0;
+    out.responder_slot = 0;
     let Some(pod) = LOCAL_POD.get_ptr(&out.translated.dst) else {
         // Not a pod of this node: the stack routes there and back.
         return;
     };
     // SAFETY: a pointer into a map that was just found.
     let pod = unsafe { &*pod };
-    out.responder_mac = pod.mac;
+    copy_mac(&mut out.responder_mac, &pod.mac);
     out.responder_slot = pod.slot;
     if pod.ifindex == out.initiator_ifindex {
         // A pod that reaches itself: it must see another address than its own, or its stack would take the answer for
         // its own packet. kube-proxy's masquerade shows it the bridge's address, so do we.
-        let gateway = if out.original.src.is_v4() { device.gateway_ip4 } else { device.gateway_ip6 };
-        if gateway != IpBytes::UNSPECIFIED {
-            out.translated.src = gateway;
+        let gateway = if out.original.src.is_v4() { &device.gateway_ip4 } else { &device.gateway_ip6 };
+        if gateway.halves() != (0, 0) {
+            copy(&mut out.translated.src, gateway);
             out.responder_ifindex = pod.ifindex;
             out.flags |= FlowEntry::REDIRECT | FlowEntry::HAIRPIN;
         }
@@ -252,25 +317,25 @@ fn path(out: &mut FlowEntry, device: &DeviceEntry) {
     }
 }
 
-/// Makes the flow of a first packet that no Service is part of. The reason is in `work`.
+/// Makes the flow of a first packet that no Service is part of, whose tuple is in `work`. The reason is in `work`.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn open_direct(
+pub(crate) extern "C" fn service_open_direct(
     work: *mut Work,
-    parsed: &Parsed,
     device: *const DeviceEntry,
     ifindex: u32,
-    from_pod_replace: u32,
+    meta: u32,
 ) -> u32 {
-    // SAFETY: pointers into maps that were just found.
-    begin(unsafe { &mut (*work).entry }, parsed, unsafe { &*device }, ifindex, from_pod_replace & 1 != 0);
-    // SAFETY: as in `reserve`.
-    let work = unsafe { &mut *work };
-    work.key = parsed.tuple.key(parsed.proto, parsed.family, FlowKey::SIDE_COMMON);
-    let mode = if from_pod_replace & 2 != 0 { BPF_ANY } else { BPF_NOEXIST };
+    // SAFETY: as in `service_backend`.
+    let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
+    let meta = Meta(meta);
+    begin(&mut work.entry, meta, device, ifindex);
+    write_key(&mut work.key, &work.entry.original, meta.proto_family(), FlowKey::SIDE_COMMON);
+    let mode = if meta.is(Meta::REPLACE) { BPF_ANY } else { BPF_NOEXIST };
     let reason = match FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode)) {
         Ok(()) => Reason::DirectNew,
-        // EEXIST: the other direction was faster on another CPU.
-        Err(-17) => Reason::Direct,
+        // The other direction was faster on another CPU.
+        Err(EEXIST) => Reason::Direct,
         Err(_) => Reason::Untracked,
     };
     work.reason = reason as u32;
@@ -278,37 +343,50 @@ pub(crate) fn open_direct(
 }
 
 /// Makes the flow of a pod that talks to a backend directly, from a port from which it also talks to that backend
-/// through a Service: the backend gets to see another source port. The reason is in `work`.
+/// through a Service: the backend gets to see another source port. The tuple is in `work`, the reason comes there.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn open_beside(work: *mut Work, parsed: &Parsed, device: *const DeviceEntry, ifindex: u32) -> u32 {
-    // SAFETY: pointers into maps that were just found.
-    begin(unsafe { &mut (*work).entry }, parsed, unsafe { &*device }, ifindex, true);
-    let proto_family = u16::from(parsed.proto.0) | u16::from(parsed.family) << 8;
+pub(crate) extern "C" fn service_open_beside(
+    work: *mut Work,
+    device: *const DeviceEntry,
+    ifindex: u32,
+    meta: u32,
+) -> u32 {
+    // SAFETY: as in `service_backend`.
+    let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
+    let meta = Meta(meta);
+    begin(&mut work.entry, meta, device, ifindex);
     for _ in 0..balance::PORT_TRIES {
-        // SAFETY: as in `reserve`.
-        unsafe {
-            (*work).entry.translated.src_port = balance::source_port(random());
-            (*work).entry.flags = FlowEntry::KEY_TRANSLATED | FlowEntry::INITIATOR_SIDE;
-        }
-        reserve(work, proto_family);
+        work.entry.translated.src_port = balance::source_port(random());
+        work.entry.flags = FlowEntry::KEY_TRANSLATED | FlowEntry::INITIATOR_SIDE;
+        service_reserve(work, u32::from(meta.proto_family()));
         if reason(work) == Reason::ServiceNew as u32 {
-            set_reason(work, Reason::DirectNew);
-            finish(work, proto_family, FlowKey::SIDE_INITIATOR);
+            work.reason = Reason::DirectNew as u32;
+            service_finish(work, u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_INITIATOR), BPF_ANY);
             break;
         }
     }
     0
 }
 
-/// Is a flow that is in the table to be made anew by this packet of its initiator?
+/// Is a flow that is in the table to be made anew by this packet of its initiator? `moved`: the initiator's address
+/// belongs to another pod than when the flow was made.
 #[inline(always)]
-pub(crate) fn is_stale(old: &FlowEntry, parsed: &Parsed, now: u64) -> bool {
+pub(crate) fn is_stale(old: &FlowEntry, parsed: &Parsed, now: u64, moved: bool) -> bool {
+    let idle = now.saturating_sub(old.last_seen);
     if parsed.proto == Proto::TCP {
-        return conntrack::opens(parsed.tcp_flags)
-            && (conntrack::is_over(old.state)
-                || old.state == state::SYN_SENT && old.service != 0 && !serves(old.backend, old.generation));
+        if !conntrack::opens(parsed.tcp_flags) {
+            return false;
+        }
+        if conntrack::is_over(old.state) || moved {
+            return true;
+        }
+        // A connection to a backend that is gone lives on; but one that asks to be opened once more never will.
+        return old.service != 0
+            && (old.state == state::SYN_SENT || idle > HANDSHAKE)
+            && !serves(old.backend, old.generation);
     }
-    if conntrack::is_idle(old.state, now.saturating_sub(old.last_seen)) {
+    if conntrack::is_idle(old.state, idle) || moved {
         return true;
     }
     old.service != 0 && !serves(old.backend, old.generation)

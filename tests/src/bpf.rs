@@ -1,0 +1,303 @@
+//! The eBPF programs on a bench: loaded and fed with single packets by `BPF_PROG_TEST_RUN`, attached to nothing.
+//!
+//! A [`Bench`] has a network namespace of its own, with one veth for each of three pods, so that the interfaces that
+//! the programs are told of exist; and a pin directory of its own, which goes with it.
+
+pub mod talk;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use anyhow::{Context as _, Result};
+use nix::net::if_::if_nametoindex;
+use nix::sched::{CloneFlags, unshare};
+use proxy_abi::{
+    BackendEntry, DeviceEntry, FlowEntry, FlowKey, FrontendEntry, FrontendKey, Hook, IpBytes, LocalPodEntry, MacBytes,
+    PortBe, Proto, Reason,
+};
+use proxy_agent::dataplane::sysbpf::{self, TestRun};
+use proxy_agent::dataplane::{AttachMode, Bpf, Config, cleanup};
+
+use crate::address::Family;
+use crate::command;
+use crate::packet::Frame;
+use crate::packet::named::{GATEWAY, Host, POD_ONE, POD_THREE, POD_TWO};
+
+/// The pods that have a veth here, in the order of their interfaces.
+pub const PODS: [Host; 3] = [POD_ONE, POD_TWO, POD_THREE];
+
+/// Sizes of the flow tables that are large enough never to matter.
+pub const ROOMY: Tables = Tables { live: 65_536, brief: 65_536 };
+
+/// Entries of the flow tables.
+#[derive(Clone, Copy, Debug)]
+pub struct Tables {
+    /// `flow_live`.
+    pub live: u32,
+    /// `flow_brief`.
+    pub brief: u32,
+}
+
+/// Packets by hook and reason.
+pub type Counts = BTreeMap<(Hook, Reason), u64>;
+
+/// What a program made of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Its return value.
+    pub verdict: i32,
+    /// The packet afterwards.
+    pub packet: Vec<u8>,
+    /// What was counted.
+    pub counts: Counts,
+}
+
+/// Return values of the tc programs.
+pub mod verdict {
+    /// `TCX_NEXT`.
+    pub const PASS: i32 = -1;
+    /// `TC_ACT_SHOT`.
+    pub const DROP: i32 = 2;
+    /// `TC_ACT_REDIRECT`.
+    pub const REDIRECT: i32 = 7;
+}
+
+/// An end of a flow as people write it.
+pub type End = (IpAddr, u16);
+
+/// An entry of a flow table, without what differs from run to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Entry {
+    /// Is it in `flow_live`?
+    pub live: bool,
+    /// Source and destination, as the initiator sends.
+    pub original: (End, End),
+    /// As the responder receives.
+    pub translated: (End, End),
+    /// [`proxy_abi::flow::state`].
+    pub state: u8,
+    /// Flags of [`FlowEntry`].
+    pub flags: u16,
+}
+
+/// The loaded programs with their maps.
+#[derive(Debug)]
+pub struct Bench {
+    bpf: Bpf,
+    root: PathBuf,
+    ifindexes: [u32; 3],
+    ids: AtomicU32,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // What is left is under a name that nobody else uses; there is nobody to tell.
+        let _ = cleanup(&self.root);
+        let _ = std::fs::remove_dir(&self.root);
+    }
+}
+
+impl Bench {
+    /// Runs `work` with a bench, on a thread of its own in a network namespace of its own. A panic continues here.
+    ///
+    /// # Errors
+    /// When the namespace, its links or the programs cannot be made (not root, no bpffs).
+    pub fn run<T: Send>(tables: Tables, work: impl FnOnce(&Self) -> T + Send) -> Result<T> {
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| Self::open(tables).map(|bench| work(&bench)));
+            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn open(tables: Tables) -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        unshare(CloneFlags::CLONE_NEWNET).context("a network namespace")?;
+        let mut ifindexes = [0; 3];
+        for (name, ifindex) in ["one", "two", "three"].into_iter().zip(&mut ifindexes) {
+            let add = ["link", "add", name, "type", "veth", "peer", "name", &format!("{name}-pod")].map(str::to_owned);
+            command::output(Command::new("ip").args(add))?;
+            *ifindex = if_nametoindex(name).context("index of a veth")?;
+        }
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let root = PathBuf::from(format!("/sys/fs/bpf/pt{}-packets{count}", std::process::id()));
+        let config = Config {
+            pin_root: root.clone(),
+            attach: AttachMode::Auto,
+            cgroup: None,
+            flow_live: tables.live,
+            flow_brief: tables.brief,
+        };
+        // Also when opening fails half way, nothing stays.
+        let bpf = Bpf::open(&config).inspect_err(|_| drop(cleanup(&root))).context("load the programs")?;
+        let bench = Self { bpf, root, ifindexes, ids: AtomicU32::new(1) };
+        bench.set_pods(DeviceEntry::REDIRECT | DeviceEntry::SWITCH)?;
+        Ok(bench)
+    }
+
+    /// The dataplane, for its maps.
+    pub const fn bpf(&self) -> &Bpf {
+        &self.bpf
+    }
+
+    /// Interface of a pod of [`PODS`]; 0 for anybody else, where no program would run.
+    pub fn ifindex(&self, pod: &Host) -> u32 {
+        let found = PODS.iter().zip(self.ifindexes).find(|(known, _)| *known == pod);
+        found.map_or(0, |(_, ifindex)| ifindex)
+    }
+
+    /// Writes the rows of all pods and their interfaces, with flags of [`DeviceEntry`].
+    pub fn set_pods(&self, flags: u32) -> Result<()> {
+        for pod in &PODS {
+            self.set_pod(pod, self.ifindex(pod), flags)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a pod behind an interface.
+    pub fn set_pod(&self, pod: &Host, ifindex: u32, flags: u32) -> Result<()> {
+        let mac = MacBytes(pod.mac.0);
+        let entry = DeviceEntry {
+            ip4: IpAddr::from(pod.ip4).into(),
+            ip6: IpAddr::from(pod.ip6).into(),
+            gateway_ip4: IpAddr::from(GATEWAY.ip4).into(),
+            gateway_ip6: IpAddr::from(GATEWAY.ip6).into(),
+            pod_mac: mac,
+            gateway_mac: MacBytes(GATEWAY.mac.0),
+            bridge: 99,
+            flags,
+            slot: 0,
+            reserved: 0,
+            since: 0,
+            reserved2: 0,
+        };
+        self.bpf.maps().device.set(&ifindex, &entry)?;
+        for ip in [entry.ip4, entry.ip6] {
+            self.bpf.maps().local_pod.set(&ip, &LocalPodEntry { ifindex, mac, slot: 0, flags })?;
+        }
+        Ok(())
+    }
+
+    /// Writes a Service with new backends in both families; returns the backends' ids, two for each, IPv4 first.
+    pub fn set_service(&self, vip: &Host, port: u16, proto: Proto, backends: &[(Host, u16)]) -> Result<Vec<u32>> {
+        let maps = self.bpf.maps();
+        let count = u32::try_from(backends.len())?;
+        let mut all = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            let first = self.ids.fetch_add(count.max(1), Ordering::Relaxed);
+            for (id, (backend, port)) in (first..).zip(backends) {
+                let entry = BackendEntry {
+                    ip: backend.ip(family).into(),
+                    service: first,
+                    generation: id,
+                    port: PortBe::new(*port),
+                    proto,
+                    reserved: 0,
+                    flags: 0,
+                };
+                maps.backend.set(&id, &entry)?;
+                maps.slot.set(&id, &id)?;
+                all.push(id);
+            }
+            let key = frontend(vip.ip(family), port, proto);
+            let entry =
+                FrontendEntry { first, count, service: first, flags: 0, affinity_seconds: 0, generation: first };
+            maps.frontend.set(&key, &entry)?;
+        }
+        Ok(all)
+    }
+
+    /// Says of a backend that it serves no more.
+    pub fn end_backend(&self, id: u32) -> Result<()> {
+        let backend = self.bpf.maps().backend.get(&id)?.context("no such backend")?;
+        Ok(self.bpf.maps().backend.set(&id, &BackendEntry { generation: 0, ..backend })?)
+    }
+
+    /// Runs the program of a hook at a pod's interface on a frame.
+    pub fn feed(&self, hook: Hook, pod: &Host, packet: &[u8]) -> Result<Outcome> {
+        let before = self.counts()?;
+        let TestRun { verdict, packet, .. } = self.run_once(hook, pod, packet)?;
+        let mut counts = self.counts()?;
+        counts.retain(|key, now| {
+            *now -= before.get(key).copied().unwrap_or_default();
+            *now > 0
+        });
+        Ok(Outcome { verdict: verdict.cast_signed(), packet, counts })
+    }
+
+    /// The same without looking at the counters, which takes longer than the run.
+    pub fn run_once(&self, hook: Hook, pod: &Host, packet: &[u8]) -> Result<TestRun> {
+        let program = if hook == Hook::FromPod { "from_pod" } else { "to_pod" };
+        let program = self.bpf.program_fd(program)?;
+        sysbpf::test_run(program, packet, self.ifindex(pod), 1).with_context(|| format!("{hook} with {packet:02x?}"))
+    }
+
+    fn counts(&self) -> Result<Counts> {
+        let mut counts = Counts::new();
+        for hook in [Hook::FromPod, Hook::ToPod] {
+            for reason in Reason::ALL {
+                let each = self.bpf.maps().counter.get_per_cpu(&reason.index(hook))?;
+                counts.insert((hook, *reason), each.iter().map(|counter| counter.packets).sum());
+            }
+        }
+        Ok(counts)
+    }
+
+    /// Both flow tables. An entry in `flow_brief` that `flow_live` has as well is left out: nobody looks at it.
+    pub fn flows(&self) -> Result<Vec<(FlowKey, Entry, FlowEntry)>> {
+        let live = self.bpf.maps().flow_live.read()?;
+        let mut brief = self.bpf.maps().flow_brief.read()?;
+        brief.retain(|(key, _)| live.iter().all(|(other, _)| key != other));
+        let named = |live| move |(key, entry): (FlowKey, FlowEntry)| (key, Entry::new(live, &entry), entry);
+        let mut all: Vec<_> = live.into_iter().map(named(true)).chain(brief.into_iter().map(named(false))).collect();
+        all.sort_by_key(|(_, entry, _)| *entry);
+        Ok(all)
+    }
+
+    /// Only what can be compared.
+    pub fn entries(&self) -> Result<Vec<Entry>> {
+        Ok(self.flows()?.into_iter().map(|(_, entry, _)| entry).collect())
+    }
+
+    /// Forgets all flows.
+    pub fn forget_flows(&self) -> Result<()> {
+        let maps = self.bpf.maps();
+        for table in [&maps.flow_live, &maps.flow_brief] {
+            for (key, _) in table.read()? {
+                table.delete(&key)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Entry {
+    fn new(live: bool, entry: &FlowEntry) -> Self {
+        let ends = |tuple: &proxy_abi::Tuple| {
+            let end = |ip: IpBytes, port: PortBe| (IpAddr::from(ip), port.get());
+            (end(tuple.src, tuple.src_port), end(tuple.dst, tuple.dst_port))
+        };
+        Self {
+            live,
+            original: ends(&entry.original),
+            translated: ends(&entry.translated),
+            state: entry.state,
+            flags: entry.flags,
+        }
+    }
+}
+
+/// Key of a frontend as pods reach it.
+pub fn frontend(ip: IpAddr, port: u16, proto: Proto) -> FrontendKey {
+    FrontendKey { ip: ip.into(), port: PortBe::new(port), proto, scope: FrontendKey::SCOPE_CLUSTER }
+}
+
+/// A frame with other MACs: as a redirect leaves it.
+pub fn redirected(mut frame: Frame, to: &Host) -> Frame {
+    frame.src = GATEWAY.mac;
+    frame.dst = to.mac;
+    frame
+}
