@@ -49,11 +49,8 @@ impl Toolchain {
 
     fn has_core_sources(&self) -> bool {
         let Some((program, arguments)) = self.rustc.split_first() else { return false };
-        let output = Command::new(program)
-            .args(arguments)
-            .args(["--print", "sysroot"])
-            .env_remove("RUSTUP_TOOLCHAIN")
-            .output();
+        let output =
+            Command::new(program).args(arguments).args(["--print", "sysroot"]).env_remove("RUSTUP_TOOLCHAIN").output();
         output.is_ok_and(|o| {
             let sysroot = String::from_utf8_lossy(&o.stdout);
             o.status.success()

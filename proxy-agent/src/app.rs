@@ -39,7 +39,7 @@ const EVENTS: usize = 4_096;
 /// Events that are taken in before the kernel is written to: a burst becomes one change.
 const BURST: usize = 1_024;
 /// How often established flows are looked through for those that nobody uses.
-const SWEEP: Duration = Duration::from_secs(60);
+const SWEEP: Duration = Duration::from_mins(1);
 
 /// Runs until SIGTERM or SIGINT. Nothing is detached then: the kernel goes on.
 pub async fn run(config: Config) -> Result<()> {
@@ -56,7 +56,9 @@ pub async fn run(config: Config) -> Result<()> {
     );
     let health = Arc::new(Health::default());
     if let Some(address) = config.healthz {
-        serve::spawn(address, Arc::clone(&health)).await.with_context(|| format!("--healthz-bind-address {address}"))?;
+        serve::spawn(address, Arc::clone(&health))
+            .await
+            .with_context(|| format!("--healthz-bind-address {address}"))?;
     }
     let (events, mut inbox) = mpsc::channel(EVENTS);
     let (node_tx, node_rx) = watch::channel(Node::default());

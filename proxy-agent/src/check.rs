@@ -77,7 +77,12 @@ pub fn report(pin_root: &Path, cgroup: Option<&Path>) -> Vec<Finding> {
             say(Level::Good, "programs", format!("all load; the longest took {most} verified instructions"), "");
         }
         Err(error) => {
-            say(Level::Problem, "programs", full(&error), "Linux 5.15 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_ACT");
+            say(
+                Level::Problem,
+                "programs",
+                full(&error),
+                "Linux 5.15 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_ACT",
+            );
         }
     }
     // What was pinned for the trial; it attached nothing.

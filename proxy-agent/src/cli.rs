@@ -216,9 +216,7 @@ fn run(args: RunArgs) -> Result<()> {
     let healthz = match healthz_bind_address.as_str() {
         "none" => None,
         address => Some(
-            address
-                .parse()
-                .with_context(|| format!("--healthz-bind-address {address}: write ADDRESS:PORT or none"))?,
+            address.parse().with_context(|| format!("--healthz-bind-address {address}: write ADDRESS:PORT or none"))?,
         ),
     };
     let config = app::Config {

@@ -275,8 +275,11 @@ fn attached(pins: &Pins) -> Result<BTreeSet<u32>, Error> {
 }
 
 fn load(pins: &Pins, config: &Config) -> Result<Ebpf, Error> {
-    let cookie = sysbpf::netns_cookie()
-        .map_err(|source| Error::Attach { program: "connect4", target: "network namespace".to_owned(), source })?;
+    let cookie = sysbpf::netns_cookie().map_err(|source| Error::Attach {
+        program: "connect4",
+        target: "network namespace".to_owned(),
+        source,
+    })?;
     let directory = pins.maps();
     let mut loader = EbpfLoader::new();
     loader.override_global("NETNS_COOKIE", &cookie, true);

@@ -15,7 +15,7 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 
 /// How long something may wait to be written before the proxy is unhealthy: kube-proxy's default.
-pub const TIMEOUT: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// What the server tells.
 #[derive(Debug, Default)]

@@ -159,33 +159,34 @@ pub fn flows(pin_root: &Path, format: Format) -> Result<()> {
         // What was promoted left its rows in the first table behind: the second one is right.
         all.extend(map.read()?.into_iter().map(|(key, entry)| (key, (entry, table))));
     }
-    let rows = all.iter().filter(|(_, (entry, _))| entry.flags & FlowEntry::KEY_ORIGINAL != 0).map(|(key, (entry, table))| {
-        let (from, to) = (&entry.original, &entry.translated);
-        let path = if entry.flags & FlowEntry::REDIRECT != 0 {
-            "redirect"
-        } else if entry.flags & FlowEntry::SWITCH != 0 {
-            "switch"
-        } else {
-            "stack"
-        };
-        let idle = now.saturating_sub(entry.last_seen) / 1_000_000_000;
-        vec![
-            json!(key.proto.to_string()),
-            json!(endpoint(from.src, from.src_port.get())),
-            json!(endpoint(from.dst, from.dst_port.get())),
-            if entry.is_translated() { json!(endpoint(to.dst, to.dst_port.get())) } else { Value::Null },
-            if to.src == from.src && to.src_port == from.src_port {
-                Value::Null
+    let rows =
+        all.iter().filter(|(_, (entry, _))| entry.flags & FlowEntry::KEY_ORIGINAL != 0).map(|(key, (entry, table))| {
+            let (from, to) = (&entry.original, &entry.translated);
+            let path = if entry.flags & FlowEntry::REDIRECT != 0 {
+                "redirect"
+            } else if entry.flags & FlowEntry::SWITCH != 0 {
+                "switch"
             } else {
-                json!(endpoint(to.src, to.src_port.get()))
-            },
-            name(&names, entry.service),
-            json!(path),
-            json!(state::name(entry.state)),
-            json!(idle),
-            json!(table),
-        ]
-    });
+                "stack"
+            };
+            let idle = now.saturating_sub(entry.last_seen) / 1_000_000_000;
+            vec![
+                json!(key.proto.to_string()),
+                json!(endpoint(from.src, from.src_port.get())),
+                json!(endpoint(from.dst, from.dst_port.get())),
+                if entry.is_translated() { json!(endpoint(to.dst, to.dst_port.get())) } else { Value::Null },
+                if to.src == from.src && to.src_port == from.src_port {
+                    Value::Null
+                } else {
+                    json!(endpoint(to.src, to.src_port.get()))
+                },
+                name(&names, entry.service),
+                json!(path),
+                json!(state::name(entry.state)),
+                json!(idle),
+                json!(table),
+            ]
+        });
     let columns =
         ["protocol", "source", "destination", "backend", "seen as", "service", "path", "state", "idle", "table"];
     print(format, &columns, rows.collect())

@@ -76,10 +76,18 @@ pub const fn step(old: u8, sender: Sender, proto: Proto, tcp_flags: u8) -> u8 {
         (state::SYN_SENT, Sender::Responder) if syn => state::SYN_RECEIVED,
         // The handshake is over with the initiator's first segment after the SYN-ACK; it may carry data or FIN already.
         (state::SYN_RECEIVED, Sender::Initiator) if ack && !syn => {
-            if fin { state::FIN_INITIATOR } else { state::ESTABLISHED }
+            if fin {
+                state::FIN_INITIATOR
+            } else {
+                state::ESTABLISHED
+            }
         }
         (state::MIDSTREAM, Sender::Responder) if ack && !syn => {
-            if fin { state::FIN_RESPONDER } else { state::ESTABLISHED }
+            if fin {
+                state::FIN_RESPONDER
+            } else {
+                state::ESTABLISHED
+            }
         }
         (state::ESTABLISHED | state::MIDSTREAM, Sender::Initiator) if fin => state::FIN_INITIATOR,
         (state::ESTABLISHED | state::SYN_RECEIVED, Sender::Responder) if fin => state::FIN_RESPONDER,
@@ -128,47 +136,53 @@ mod tests {
 
     #[test]
     fn tcp_conversations() {
-        let table: &[(&str, &[(Sender, u8, u8)])] = &[
-            ("open, data, close by initiator", &[
-                (I, SYN, SYN_SENT),
-                (R, SYN | ACK, SYN_RECEIVED),
-                (I, ACK, ESTABLISHED),
-                (I, ACK, ESTABLISHED),
-                (R, ACK, ESTABLISHED),
-                (I, FIN, FIN_INITIATOR),
-                (R, ACK, FIN_INITIATOR),
-                (R, FIN, CLOSED),
-                (I, ACK, CLOSED),
-            ]),
-            ("close by responder", &[
-                (I, SYN, SYN_SENT),
-                (R, SYN | ACK, SYN_RECEIVED),
-                (I, ACK, ESTABLISHED),
-                (R, FIN, FIN_RESPONDER),
-                (R, FIN, FIN_RESPONDER),
-                (I, ACK, FIN_RESPONDER),
-                (I, FIN, CLOSED),
-            ]),
-            ("retransmitted SYN, refused", &[
-                (I, SYN, SYN_SENT),
-                (I, SYN, SYN_SENT),
-                (R, RST | ACK, RESET),
-            ]),
-            ("the first ACK is lost, data comes", &[
-                (I, SYN, SYN_SENT),
-                (R, SYN | ACK, SYN_RECEIVED),
-                (R, SYN | ACK, SYN_RECEIVED),
-                (I, ACK | 8, ESTABLISHED),
-            ]),
+        /// A name, and who sends which flags into which state.
+        type Conversation<'a> = (&'a str, &'a [(Sender, u8, u8)]);
+        let table: &[Conversation<'_>] = &[
+            (
+                "open, data, close by initiator",
+                &[
+                    (I, SYN, SYN_SENT),
+                    (R, SYN | ACK, SYN_RECEIVED),
+                    (I, ACK, ESTABLISHED),
+                    (I, ACK, ESTABLISHED),
+                    (R, ACK, ESTABLISHED),
+                    (I, FIN, FIN_INITIATOR),
+                    (R, ACK, FIN_INITIATOR),
+                    (R, FIN, CLOSED),
+                    (I, ACK, CLOSED),
+                ],
+            ),
+            (
+                "close by responder",
+                &[
+                    (I, SYN, SYN_SENT),
+                    (R, SYN | ACK, SYN_RECEIVED),
+                    (I, ACK, ESTABLISHED),
+                    (R, FIN, FIN_RESPONDER),
+                    (R, FIN, FIN_RESPONDER),
+                    (I, ACK, FIN_RESPONDER),
+                    (I, FIN, CLOSED),
+                ],
+            ),
+            ("retransmitted SYN, refused", &[(I, SYN, SYN_SENT), (I, SYN, SYN_SENT), (R, RST | ACK, RESET)]),
+            (
+                "the first ACK is lost, data comes",
+                &[
+                    (I, SYN, SYN_SENT),
+                    (R, SYN | ACK, SYN_RECEIVED),
+                    (R, SYN | ACK, SYN_RECEIVED),
+                    (I, ACK | 8, ESTABLISHED),
+                ],
+            ),
             ("simultaneous open", &[(I, SYN, SYN_SENT), (R, SYN, SYN_RECEIVED), (I, ACK, ESTABLISHED)]),
             ("older than the agent", &[(I, ACK, MIDSTREAM), (I, ACK, MIDSTREAM), (R, ACK, ESTABLISHED)]),
             ("stray RST", &[(I, RST, RESET)]),
             ("SYN flood", &[(I, SYN, SYN_SENT), (R, SYN | ACK, SYN_RECEIVED), (R, SYN | ACK, SYN_RECEIVED)]),
-            ("only the responder talks after its SYN-ACK", &[
-                (I, SYN, SYN_SENT),
-                (R, SYN | ACK, SYN_RECEIVED),
-                (R, ACK, SYN_RECEIVED),
-            ]),
+            (
+                "only the responder talks after its SYN-ACK",
+                &[(I, SYN, SYN_SENT), (R, SYN | ACK, SYN_RECEIVED), (R, ACK, SYN_RECEIVED)],
+            ),
         ];
         for (name, conversation) in table {
             let mut now = None;

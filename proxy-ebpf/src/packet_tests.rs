@@ -1,3 +1,5 @@
+//! Tables of packets: what is read from each, or why it is let alone.
+
 extern crate std;
 use std::vec::Vec;
 
@@ -103,8 +105,24 @@ fn ipv4() {
         ("tcp cut before its flags", v4(0, 0, 6, &TCP_SYN[..13]), Err(Reason::Unparsed)),
         ("udp cut in its ports", v4(0, 0, 17, &UDP[..3]), Err(Reason::Unparsed)),
         ("cut in the header", v4(0, 0, 17, &[])[..30].to_vec(), Err(Reason::Unparsed)),
-        ("header length 16", { let mut p = v4(0, 0, 17, &UDP); p[14] = 0x44; p }, Err(Reason::Unparsed)),
-        ("version 6", { let mut p = v4(0, 0, 17, &UDP); p[14] = 0x65; p }, Err(Reason::Unparsed)),
+        (
+            "header length 16",
+            {
+                let mut p = v4(0, 0, 17, &UDP);
+                p[14] = 0x44;
+                p
+            },
+            Err(Reason::Unparsed),
+        ),
+        (
+            "version 6",
+            {
+                let mut p = v4(0, 0, 17, &UDP);
+                p[14] = 0x65;
+                p
+            },
+            Err(Reason::Unparsed),
+        ),
     ];
     for (name, bytes, expected) in table {
         assert_eq!(run::<V4>(&bytes), expected, "{name}");
@@ -122,11 +140,7 @@ fn ipv6() {
         ("udp", v6(17, &UDP), Ok(seen6(53, 17, 54, 0))),
         ("hop by hop", v6(0, &cat(&[&hop(17), &UDP])), Ok(seen6(53, 17, 62, 0))),
         ("two destination options", v6(60, &cat(&[&hop(60), &hop(6), &TCP_SYN])), Ok(seen6(80, 6, 70, 2))),
-        (
-            "authentication",
-            v6(51, &cat(&[&[17, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &UDP])),
-            Ok(seen6(53, 17, 66, 0)),
-        ),
+        ("authentication", v6(51, &cat(&[&[17, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &UDP])), Ok(seen6(53, 17, 66, 0))),
         (
             "first fragment",
             v6(44, &cat(&[&frag(17, 1), &UDP])),

@@ -219,8 +219,11 @@ fn detach_pod_clsact(pins: &Pins, ifindex: u32) -> Result<(), Error> {
 
 /// Attaches the socket programs to a cgroup, or swaps those that are there.
 pub fn attach_cgroup(ebpf: &Ebpf, pins: &Pins, cgroup: &Path) -> Result<(), Error> {
-    let directory = fs::File::open(cgroup)
-        .map_err(|source| Error::Attach { program: "connect4", target: cgroup.display().to_string(), source })?;
+    let directory = fs::File::open(cgroup).map_err(|source| Error::Attach {
+        program: "connect4",
+        target: cgroup.display().to_string(),
+        source,
+    })?;
     for (program, attach_type) in CGROUP_PROGRAMS {
         let found = ebpf.program(program).ok_or(Error::NoProgram { program })?;
         let fd = found.fd().map_err(|source| Error::Program { program, source })?;

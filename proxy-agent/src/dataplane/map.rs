@@ -36,11 +36,7 @@ impl Layout {
             key: info.key_size(),
             value: info.value_size(),
         };
-        if found == *self {
-            Ok(info)
-        } else {
-            Err(Error::Layout { path: path.to_owned(), expected: *self, found })
-        }
+        if found == *self { Ok(info) } else { Err(Error::Layout { path: path.to_owned(), expected: *self, found }) }
     }
 }
 
@@ -118,8 +114,12 @@ impl<K: Pod + Debug, V: Pod> Map<K, V> {
 
     /// The whole map.
     pub fn read(&self) -> Result<Vec<(K, V)>, Error> {
-        sysbpf::map_read(self.fd.as_fd())
-            .map_err(|source| Error::Map { path: self.path.clone(), operation: "read", key: "all".to_owned(), source })
+        sysbpf::map_read(self.fd.as_fd()).map_err(|source| Error::Map {
+            path: self.path.clone(),
+            operation: "read",
+            key: "all".to_owned(),
+            source,
+        })
     }
 }
 

@@ -139,8 +139,7 @@ impl Pins {
 
     /// Makes this process the only one that writes here, until the lock is dropped or the process ends, however it ends.
     pub fn lock(&self) -> Result<Lock, Error> {
-        let directory = fs::File::open(&self.root)
-            .map_err(|source| Error::Pin { path: self.root.clone(), source })?;
+        let directory = fs::File::open(&self.root).map_err(|source| Error::Pin { path: self.root.clone(), source })?;
         Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
             if errno == nix::errno::Errno::EWOULDBLOCK {
                 Error::Locked { path: self.root.clone() }

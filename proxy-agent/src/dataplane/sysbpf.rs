@@ -238,8 +238,7 @@ struct ElemAttr {
 /// Looks one entry up. `V` must be as large as the map's values, for all CPUs together in a per-CPU map.
 pub fn map_lookup<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
     let mut value = std::mem::MaybeUninit::<V>::zeroed();
-    let mut attr =
-        ElemAttr { map: raw(map), pad: 0, key: address(key), value: value.as_mut_ptr() as u64, flags: 0 };
+    let mut attr = ElemAttr { map: raw(map), pad: 0, key: address(key), value: value.as_mut_ptr() as u64, flags: 0 };
     // SAFETY: `map.rs` checks the sizes of a map when it opens it; key and value live until the call returns.
     match unsafe { bpf(command::MAP_LOOKUP_ELEM, &mut attr) } {
         // SAFETY: `V` is plain data, zeroed before and filled by the kernel.
@@ -252,8 +251,7 @@ pub fn map_lookup<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Op
 /// Looks one entry of a per-CPU map up; one value for each possible CPU.
 pub fn map_lookup_per_cpu<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, cpus: usize) -> io::Result<Vec<V>> {
     let mut values = Vec::<V>::with_capacity(cpus);
-    let mut attr =
-        ElemAttr { map: raw(map), pad: 0, key: address(key), value: values.as_mut_ptr() as u64, flags: 0 };
+    let mut attr = ElemAttr { map: raw(map), pad: 0, key: address(key), value: values.as_mut_ptr() as u64, flags: 0 };
     // SAFETY: room for `cpus` values, whose size is a multiple of 8 (checked when the map is opened).
     unsafe {
         bpf(command::MAP_LOOKUP_ELEM, &mut attr)?;
@@ -293,7 +291,11 @@ struct BatchAttr {
 }
 
 /// Writes many entries; returns how many were written, all of them unless there is an error.
-pub fn map_update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> Result<(), (usize, io::Error)> {
+pub fn map_update_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> Result<(), (usize, io::Error)> {
     let count = u32::try_from(keys.len().min(values.len())).unwrap_or(u32::MAX);
     if count == 0 {
         return Ok(());
@@ -428,13 +430,7 @@ pub fn netns_cookie() -> io::Result<u64> {
     let (mut cookie, mut len) = (0_u64, 8_u32);
     // SAFETY: eight bytes for an option of eight bytes.
     let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut len,
-        )
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &raw mut len)
     };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }

@@ -204,6 +204,7 @@ impl Tuple {
         // By masks instead of two copies of the code: the verifier walks one path after the comparison.
         let mask = 0_u32.wrapping_sub(src_is_low);
         let (s, d) = (self.src.0, self.dst.0);
+        #[expect(clippy::cast_possible_truncation, reason = "all bits are the same")]
         let (ports, swap) = (self.src_port.0, (self.src_port.0 ^ self.dst_port.0) & mask as u16);
         let x = [(s[0] ^ d[0]) & mask, (s[1] ^ d[1]) & mask, (s[2] ^ d[2]) & mask, (s[3] ^ d[3]) & mask];
         FlowKey {

@@ -87,9 +87,8 @@ pub mod map {
     /// Packets and bytes by hook and reason.
     pub const COUNTER: &str = "counter";
     /// All of them.
-    pub const ALL: [&str; 11] = [
-        SERVICE, BACKEND, BACKEND_SLOT, FRONTEND, DEVICE, LOCAL_POD, FLOW_LIVE, FLOW_BRIEF, FRAGMENT, SOCKET, COUNTER,
-    ];
+    pub const ALL: [&str; 11] =
+        [SERVICE, BACKEND, BACKEND_SLOT, FRONTEND, DEVICE, LOCAL_POD, FLOW_LIVE, FLOW_BRIEF, FRAGMENT, SOCKET, COUNTER];
 }
 
 /// Default capacities, in entries. Idle memory of all maps with these is below 32 MiB.

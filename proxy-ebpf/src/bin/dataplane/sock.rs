@@ -3,7 +3,7 @@
 //! Pods are left to the packet path, even though their cgroups lie below: a runtime with its own kernel would not be
 //! seen here, and policy is at the veth.
 
-use aya_ebpf::bindings::{bpf_sock_addr, BPF_ANY};
+use aya_ebpf::bindings::{BPF_ANY, bpf_sock_addr};
 use aya_ebpf::helpers;
 use core::ffi::c_void;
 use proxy_abi::{Hook, IpBytes, PortBe, Proto, Reason, SocketEntry, SocketKey};

@@ -110,8 +110,8 @@ fn measure(bpf: &mut Bpf, node: &Node, client: &Pod, server: &Pod, rounds: usize
         Stage { title: "ACK: established, both entries move", ifindex: near, frames: all(&|n| up(n, ack, 0)) },
         Stage { title: "request", ifindex: near, frames: all(&|n| up(n, ack, PAYLOAD)) },
         Stage { title: "reply", ifindex: far, frames: all(&|n| down(n, ack, PAYLOAD)) },
-        Stage { title: "FIN of the client: both entries move back", ifindex: near, frames: all(&|n| up(n, fin, 0)) },
-        Stage { title: "FIN of the server", ifindex: far, frames: all(&|n| down(n, fin, 0)) },
+        Stage { title: "FIN of the client", ifindex: near, frames: all(&|n| up(n, fin, 0)) },
+        Stage { title: "FIN of the server: both entries move back", ifindex: far, frames: all(&|n| down(n, fin, 0)) },
         Stage { title: "last ACK", ifindex: near, frames: all(&|n| up(n, ack, 0)) },
     ];
     let lives = report_life(bpf, nothing, &life, rounds)?;

@@ -22,7 +22,7 @@ pub(crate) struct Example {
 pub(crate) struct Port {
     pub(crate) name: String,
     pub(crate) protocol: String,
-    pub(crate) port: u16,
+    pub(crate) number: u16,
     pub(crate) target: u16,
 }
 
@@ -80,7 +80,7 @@ impl Example {
             Ok(Port {
                 name: text("name"),
                 protocol: text("protocol"),
-                port: number("port")?,
+                number: number("port")?,
                 target: number("targetPort")?,
             })
         };
@@ -92,7 +92,7 @@ impl Example {
         let ports = self.ports()?;
         let port =
             ports.iter().find(|p| p.name == port).with_context(|| format!("{} has no port {port}", self.name()))?;
-        Ok(SocketAddr::new(self.address(family)?, port.port))
+        Ok(SocketAddr::new(self.address(family)?, port.number))
     }
 
     /// Applies it as it is in its file.

@@ -101,7 +101,7 @@ fn opening(n: &mut Narrator, stage: &Stage) -> Result<BTreeMap<&'static str, Sur
     }
     for service in stage.services.values() {
         let ports: Vec<_> =
-            service.ports()?.iter().map(|p| format!("{}/{}→{}", p.port, p.protocol, p.target)).collect();
+            service.ports()?.iter().map(|p| format!("{}/{}→{}", p.number, p.protocol, p.target)).collect();
         let [ip4, ip6] = Family::BOTH.map(|family| service.address(family));
         let (name, file) = (service.name(), service.file());
         n.say(format!("Service {name} ({file})   {}, {}   {}", ip4?, ip6?, ports.join(", ")));

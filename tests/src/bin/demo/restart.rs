@@ -19,7 +19,7 @@ const TRIAL: u64 = 32 << 20;
 const LEAST: u64 = 1536 << 20;
 const MOST: u64 = 6 << 30;
 /// When it has failed.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_mins(2);
 /// Datagrams per second.
 const RATE: u32 = 4_000;
 /// Connections that exchange small messages all the time.
