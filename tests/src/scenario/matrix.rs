@@ -161,9 +161,9 @@ pub fn prepare(spec: &ClusterSpec) -> Result<Scenario> {
             continue;
         }
         if scenario.cluster().node(name).is_ok() {
-            scenario.serve_node(name)?
+            scenario.serve_node(name)?;
         } else {
-            scenario.serve_pod(name)?
+            scenario.serve_pod(name)?;
         }
         scenario.publish(&format!("to-{name}"), host, &[name])?;
     }
