@@ -154,10 +154,23 @@ extern "C" fn flow_transfer(work: *mut Work, proto_family: u32, moves: u32, hook
         work.entry.flags |= FlowEntry::NOT_PROMOTED;
         let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY));
         work.entry.flags &= !FlowEntry::NOT_PROMOTED;
-    } else {
-        let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY));
-        let _ = FLOW_LIVE.remove(&work.key);
+        return 0;
     }
+    // What was promoted left its row behind: as long as it is there, writing two fields of it spares an insertion.
+    let left = FLOW_BRIEF.get_ptr_mut(&work.key).map(|left| {
+        // SAFETY: a pointer into a map that was just found; fields are written as in `flow_update`.
+        unsafe { &mut *left }
+    });
+    match left {
+        Some(left) if left.original.is(&work.entry.original) && left.translated.is(&work.entry.translated) => {
+            left.state = work.entry.state;
+            left.last_seen = work.entry.last_seen;
+        }
+        _ => {
+            let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY));
+        }
+    }
+    let _ = FLOW_LIVE.remove(&work.key);
     0
 }
 

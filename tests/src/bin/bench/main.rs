@@ -9,6 +9,8 @@
 //! Only ratios and differences within one run say something about the code; the absolute numbers are this machine's.
 //! Each has a 95 % interval over the rounds, and where that is wider than the margin to its budget, the verdict is
 //! "undecided". CPU time is that of the whole machine (`/proc/stat`), softirq included: run it where nothing else does.
+//! The socket programs of our agent sit on the root cgroup, where the clients and servers of every contender are too:
+//! they cost each of them the same.
 #![forbid(unsafe_code)]
 
 mod contender;
