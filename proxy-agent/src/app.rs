@@ -110,6 +110,8 @@ async fn reconcile(
     let mut retry_at = None;
     let mut said = std::collections::BTreeSet::new();
     let mut next_sweep = start + SWEEP;
+    // When the last source had been read: what is measured from there is ours.
+    let mut listed = None;
     let mut burst = Vec::with_capacity(BURST);
     loop {
         let retry = retry_at.map(|at| start + Duration::from_millis(at));
@@ -139,6 +141,9 @@ async fn reconcile(
                 Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "established flows"),
             }
         }
+        if reconciler.synced() {
+            listed.get_or_insert_with(Instant::now);
+        }
         let report = reconciler.sync(&mut bpf, now());
         retry_at = report.retry_at;
         if let Some(error) = &report.load_error {
@@ -159,7 +164,8 @@ async fn reconcile(
         }
         let first = health.sync(reconciler.synced(), report.pending == 0);
         if first {
-            tracing::info!(after = ?start.elapsed(), operations = report.applied, "in sync");
+            let written = listed.map(|at| at.elapsed()).unwrap_or_default();
+            tracing::info!(after = ?start.elapsed(), ?written, operations = report.applied, "in sync");
         }
         if report.applied > 0 {
             tracing::debug!(applied = report.applied, pending = report.pending, "synced");

@@ -34,7 +34,7 @@ pub(crate) fn run(services: u16, starts: usize, changes: usize) -> Result<Value>
         folder.write_all(&format!("filler-{number}.yaml"), &objects::filler(number))?;
     }
 
-    let (mut whole, mut synced) = (Vec::new(), Vec::new());
+    let (mut whole, mut synced, mut written) = (Vec::new(), Vec::new(), Vec::new());
     let mut agent = None;
     for _ in 0..starts {
         // The one before removes what it pinned: every start is cold.
@@ -45,18 +45,21 @@ pub(crate) fn run(services: u16, starts: usize, changes: usize) -> Result<Value>
         // It is healthy a moment before it says so. The log has one line for each start until now.
         let line = || sync_times(&started.log_text()).get(synced.len()).copied();
         let time = Deadline::secs(5).poll("the agent's log says `in sync`", || Ok(line()))?;
-        synced.push(time.as_secs_f64());
+        synced.push(time.after.as_secs_f64());
+        written.push(time.written.as_secs_f64());
         agent = Some(started);
     }
     let agent = agent.context("at least one start")?;
-    let cold = Estimate::of(&synced);
+    let cold = Estimate::of(&written);
     let budget = Budget::AtMost(2.0);
     println!(
-        "cold start: process start to healthy {:.3} s; of it reading the folder and writing the maps {:.3} s\n\
-         (medians of {starts}; worst {:.3} s); budget without the reading {budget} s: {}",
+        "cold start: process start to healthy {:.3} s; of it reading the folder and writing the maps {:.3} s, and of\n\
+         that what comes after the last object was read {:.3} s (medians of {starts}; worst {:.3} s); budget for the\n\
+         last {budget} s: {}",
         median(&whole),
         median(&synced),
-        quantile(&synced, 1.0),
+        median(&written),
+        quantile(&written, 1.0),
         cold.against(budget),
     );
 
@@ -83,17 +86,29 @@ pub(crate) fn run(services: u16, starts: usize, changes: usize) -> Result<Value>
     }
     Ok(json!({
         "services": services,
-        "cold_start_seconds": { "process_to_healthy": whole, "in_sync": synced, "budget": budget, "verdict": cold.against(budget) },
+        "cold_start_seconds": { "process_to_healthy": whole, "in_sync": synced, "written": written, "budget": budget, "verdict": cold.against(budget) },
         "change_ms": { "p50": p50, "p99": p99, "worst": worst, "all": latencies, "budget_p99": 10.0, "verdict": verdict },
         "rss_mib": { "loaded": loaded.rss, "peak": loaded.peak, "after_changes": after.rss },
         "maps_mib": after.maps,
     }))
 }
 
-/// `in sync after=812.5ms` of each start in a log.
-fn sync_times(log: &str) -> Vec<Duration> {
+/// One start, as the log tells of it: `in sync after=812.5ms written=310ms`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct SyncTime {
+    /// From the programs being loaded to the maps being in line.
+    after: Duration,
+    /// The part of it after the last object had been read.
+    written: Duration,
+}
+
+/// Every start in a log.
+fn sync_times(log: &str) -> Vec<SyncTime> {
     let lines = log.lines().filter(|line| line.contains(IN_SYNC));
-    lines.filter_map(|line| duration(line.split("after=").nth(1)?.split_whitespace().next()?)).collect()
+    let field = |line: &str, name: &str| duration(line.split(name).nth(1)?.split_whitespace().next()?);
+    lines
+        .filter_map(|line| Some(SyncTime { after: field(line, "after=")?, written: field(line, "written=")? }))
+        .collect()
 }
 
 /// Reads what `Duration`'s `Debug` writes.
@@ -177,8 +192,11 @@ mod tests {
 
     #[test]
     fn times_of_all_starts_are_read_from_the_log() {
-        let log = "INFO x: in sync after=9.5s operations=1\nINFO x: in sync after=812.5ms operations=40002\nINFO y\n";
-        assert_eq!(sync_times(log), [9_500_000, 812_500].map(Duration::from_micros));
+        let log = "INFO x: in sync after=9.5s written=2s operations=1\n\
+                   INFO x: in sync after=812.5ms written=310ms operations=40002\nINFO y\n";
+        let time =
+            |after, written| SyncTime { after: Duration::from_micros(after), written: Duration::from_micros(written) };
+        assert_eq!(sync_times(log), [time(9_500_000, 2_000_000), time(812_500, 310_000)]);
         assert_eq!(
             ["3.25s", "17µs", "5"].map(duration),
             [Some(Duration::from_millis(3_250)), Some(Duration::from_micros(17)), None]
