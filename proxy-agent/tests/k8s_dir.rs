@@ -343,8 +343,34 @@ async fn findings_name_file_object_and_field() {
         let mut fixture = Fixture::new(&[(file, text)]).await;
         let got = fixture.listing().await;
         let got: Vec<&str> = got.iter().map(String::as_str).take_while(|event| *event != EMPTY[0]).collect();
-        assert_eq!(got, *want, "{text}");
+        // Of what could not be read in any version the receiver is told before the listing.
+        let unread = if want[0].starts_with("ill") { &["Unreadable(true)"][..] } else { &[] };
+        assert_eq!(got, [want, unread].concat(), "{text}");
     }
+}
+
+#[tokio::test]
+async fn what_could_never_be_read_is_told_until_it_can_be_or_is_gone() {
+    let broken = service("b", "10.0.0.2").replace("port: 80", "port: eighty");
+    let files = [("a.yaml", service("a", "10.0.0.1")), ("b.yaml", broken.clone()), ("c.yaml", "kind: {\n".to_owned())];
+    let mut fixture = Fixture::new(&files.each_ref().map(|(name, text)| (*name, text.as_str()))).await;
+    let listing = fixture.listing().await;
+    let told = listing.iter().position(|event| event == "Unreadable(true)");
+    let listed = listing.iter().position(|event| event == "listed Services [\"a\"]");
+    assert!(told.is_some() && told < listed, "{listing:?}");
+
+    fixture.write("b.yaml", &service("b", "10.0.0.2"));
+    fixture.expect(&["service b [10.0.0.2]", "well Service default/b"]).await;
+    fs::remove_file(fixture.path().join("c.yaml")).unwrap();
+    fixture.expect(&["well c.yaml", "Unreadable(false)"]).await;
+    // What breaks from now on has a last good version.
+    fixture.write("b.yaml", &broken);
+    fixture
+        .expect(&[
+            "ill Service default/b: b.yaml:1 Service default/b spec.ports[0].port: invalid type: string \"eighty\", expected \
+             i32; mend the field; the object's last good version stays",
+        ])
+        .await;
 }
 
 #[tokio::test]

@@ -191,6 +191,11 @@ fn the_last_state_stays_while_the_source_is_away() {
     assert_eq!(kept(&scenario), before);
     ask_all(&scenario);
 
+    // Nor are those that an agent finds unreadable when it starts.
+    scenario.agent_mut(0).restart().expect("healthy");
+    assert_eq!(kept(&scenario), before);
+    ask_all(&scenario);
+
     // A folder that is read and empty is an answer.
     for name in &names {
         fs::remove_file(folder.join(name)).expect("removed");

@@ -53,6 +53,10 @@ pub enum Event {
         /// The findings.
         findings: Vec<Diagnostic>,
     },
+    /// Some objects cannot be read and never could be since the agent started (true), or all can be by now (false).
+    /// Comes before `Listed`: what the maps hold from before the start and no object speaks of is not gone then, but
+    /// unknown, and stays.
+    Unreadable(bool),
     /// A source has been listed in full, in the events before this one. What it did not name is gone. Comes again
     /// after each new listing (a relist after 410 Gone, a netlink resync).
     Listed(Source, Listing),

@@ -1,11 +1,12 @@
 //! The loop without its I/O: events in, operations out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::compile::{Capacity, Compiler};
 use crate::dataplane::Dataplane;
 use crate::diagnostic::Diagnostic;
 use crate::event::{Event, Source};
+use crate::name::ObjectName;
 use crate::plan::{Phase, TableDeltas};
 use crate::state::{Changed, ClusterState};
 use crate::tables::{Op, Row, Tables};
@@ -140,6 +141,9 @@ impl Reconciler {
                 }
             }
         }
+        if self.dirty.readable {
+            self.all_services_are_dirty();
+        }
         self.compiler.release(&mut self.tables, now, self.settings.grace);
         let dirty = std::mem::take(&mut self.dirty);
         report.diagnostics_changed |= self.compiler.compile(&self.state, &dirty, &mut self.tables);
@@ -191,14 +195,26 @@ impl Reconciler {
         match self.phase {
             Adoption::Pending => {
                 self.compiler.restore(&actual, &mut self.tables, now);
-                self.dirty.services.extend(self.state.services().map(|service| service.name.clone()));
-                self.dirty.services.extend(self.compiler.compiled().cloned());
+                if self.state.unreadable() {
+                    // What the maps hold may be what cannot be read: it stays as it is, and only what is new is added.
+                    let held: BTreeSet<ObjectName> = self.compiler.compiled().cloned().collect();
+                    let all = self.state.services().map(|service| service.name.clone());
+                    self.dirty.services = all.filter(|name| !held.contains(name)).collect();
+                } else {
+                    self.all_services_are_dirty();
+                }
                 self.dirty.links.extend(self.state.links().map(|link| link.ifindex));
             }
             Adoption::Done | Adoption::Reload => self.tables.load(actual),
         }
         self.phase = Adoption::Done;
         self.load_retry = None;
+    }
+
+    /// Those of the state, and those that only the maps know.
+    fn all_services_are_dirty(&mut self) {
+        self.dirty.services.extend(self.state.services().map(|service| service.name.clone()));
+        self.dirty.services.extend(self.compiler.compiled().cloned());
     }
 
     fn run<D: Dataplane>(&mut self, phase: Phase, dataplane: &mut D, now: u64, report: &mut SyncReport<D::Error>) {

@@ -17,6 +17,7 @@ pub struct ClusterState {
     links: BTreeMap<u32, PodLink>,
     findings: BTreeMap<String, Vec<Diagnostic>>,
     listed: BTreeSet<Source>,
+    unreadable: bool,
     /// Service → its slices.
     slices_of: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
     /// Cluster address → Services that name it.
@@ -38,6 +39,8 @@ pub struct Changed {
     pub findings: bool,
     /// A source has been listed for the first time.
     pub listed: bool,
+    /// Everything can be read by now: what was held back is to be compiled.
+    pub readable: bool,
 }
 
 impl Changed {
@@ -52,6 +55,7 @@ impl Changed {
         self.links.extend(other.links);
         self.findings |= other.findings;
         self.listed |= other.listed;
+        self.readable |= other.readable;
     }
 }
 
@@ -66,6 +70,11 @@ impl ClusterState {
     /// Sources that have not been listed yet.
     pub fn missing(&self) -> impl Iterator<Item = Source> {
         Source::ALL.into_iter().filter(|source| !self.listed.contains(source))
+    }
+
+    /// Some objects cannot be read and never could be: what is missing may be among them.
+    pub const fn unreadable(&self) -> bool {
+        self.unreadable
     }
 
     /// A Service.
@@ -134,6 +143,10 @@ impl ClusterState {
             Event::Link(link) => self.set_link(link, &mut changed),
             Event::LinkGone(ifindex) => self.remove_link(ifindex, &mut changed),
             Event::Diagnostics { object, findings } => self.set_findings(&object, findings, &mut changed),
+            Event::Unreadable(unreadable) => {
+                changed.readable = self.unreadable && !unreadable;
+                self.unreadable = unreadable;
+            }
             Event::Listed(source, listing) => self.list(source, &listing, &mut changed),
         }
         changed

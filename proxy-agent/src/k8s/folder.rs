@@ -1,7 +1,9 @@
 //! What a folder of manifests says, and how that changes: state without a watch.
 //!
 //! Each file holds entries; the first file in path order that can read an object decides what it is. A file or a
-//! document that cannot be read leaves what it said before; a file that is gone takes its objects with it.
+//! document that cannot be read leaves what it said before; a file that is gone takes its objects with it. What cannot be
+//! read when the agent starts has said nothing before: then `Unreadable` comes before the first `Listed`, until all of it
+//! can be read or is gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
@@ -29,6 +31,9 @@ pub(super) struct Folder {
     /// Folders that the last scan could not read.
     unreadable: BTreeMap<PathBuf, Diagnostic>,
     listed: bool,
+    /// Files that could not be read in full when the agent started, and cannot yet; the receiver was told that there are
+    /// some. What breaks later has a last good version, or was never in the maps.
+    lacking: BTreeSet<PathBuf>,
 }
 
 /// A place of which the watch must hear.
@@ -106,6 +111,7 @@ impl Folder {
             reported: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             listed: false,
+            lacking: BTreeSet::new(),
         }
     }
 
@@ -139,9 +145,20 @@ impl Folder {
         let mut events = self.refresh(&dirty);
         if self.unreadable.is_empty() && !self.listed {
             self.listed = true;
+            let lacking = self.files.keys().filter(|path| self.lacks(path)).cloned().collect();
+            self.lacking = lacking;
+            if !self.lacking.is_empty() {
+                events.push(Event::Unreadable(true));
+            }
             events.extend(self.listing());
         }
         events
+    }
+
+    /// Is there something in a file that has not been read in any version?
+    fn lacks(&self, path: &Path) -> bool {
+        let unread = |file: &FileState| !file.problems.is_empty() || file.entries.iter().any(|entry| !entry.readable);
+        self.files.get(path).is_some_and(unread)
     }
 
     /// Whether the last scan saw everything.
@@ -175,6 +192,14 @@ impl Folder {
             self.settle(&key, &mut events);
         }
         self.report(&mut events);
+        if !self.lacking.is_empty() {
+            let mut lacking = std::mem::take(&mut self.lacking);
+            lacking.retain(|path| self.lacks(path));
+            self.lacking = lacking;
+            if self.lacking.is_empty() {
+                events.push(Event::Unreadable(false));
+            }
+        }
         events
     }
 

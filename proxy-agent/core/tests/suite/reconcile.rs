@@ -52,6 +52,29 @@ fn partial_is_unknown_never_empty() {
 }
 
 #[test]
+fn what_could_never_be_read_is_unknown_not_gone() {
+    let mut node = TestNode::started(two_services());
+    let before = node.tables().clone();
+    // Of all objects only the interface and Service a are readable at the start; a's slice is not.
+    let a = Event::Service(web("a", "10.96.0.1"));
+    let read = [a.clone(), Event::Link(link(7, &["10.244.0.1"]))];
+    let mut state = proxy_core::state::ClusterState::default();
+    for event in &read {
+        state.apply(event.clone());
+    }
+    node.restart_with(read.into_iter().chain([Event::Unreadable(true)]).chain(listings(&state)));
+    assert_eq!(node.settle(), 0);
+    assert_eq!(node.tables(), &before, "neither b nor the backends of a are gone");
+    // What is new comes in meanwhile.
+    node.change([Event::Service(web("c", "10.96.0.3")), Event::Slice(web_slice("c", &["10.244.0.4"]))]);
+    let services = |names: &[&str]| names.iter().map(|name| format!("default/{name}")).collect::<BTreeSet<_>>();
+    assert_eq!(meaning(node.tables()).services, services(&["a", "b", "c"]));
+    // a's slice is mended, b turns out to be gone.
+    node.change([Event::Slice(web_slice("a", &["10.244.0.1", "10.244.0.2"])), Event::Unreadable(false)]);
+    assert_eq!(meaning(node.tables()).services, services(&["a", "c"]));
+}
+
+#[test]
 fn unchanged_input_is_no_work() {
     let mut node = TestNode::started(two_services());
     let asked = node.fake.asked;
