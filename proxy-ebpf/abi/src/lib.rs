@@ -13,6 +13,7 @@
 //!   fragment        LRU_HASH   FragmentKey 40   FragmentEntry     8  programs
 //!   socket          LRU_HASH   SocketKey   32   SocketEntry      32  socket programs
 //!   counter         PERCPU_ARRAY index      4   CounterEntry     16  programs: hook × reason
+//!   work            PERCPU_ARRAY 0          4   Work            280  programs: scratch, not pinned
 //! ```
 //!
 //! Every struct is made by one macro, which fixes `repr(C)` and asserts its size and the absence of padding, so a map
@@ -54,7 +55,7 @@ pub use socket::{SocketEntry, SocketKey};
 pub use verdict::{CounterEntry, Hook, Reason};
 
 /// Version of every layout in this crate. It names the pin directory, so that two versions never share a map.
-/// Raise it with any change of a type here; `tests/abi.rs` of this crate keeps the fingerprint that must change with it.
+/// Raise it with any change of a type here; `proxy-ebpf/abi/fingerprint` must change with it, which `cargo xtask tidy` checks.
 pub const ABI_VERSION: u32 = 1;
 
 /// `AF_INET` as it stands in keys.
@@ -91,7 +92,8 @@ pub mod map {
         [SERVICE, BACKEND, BACKEND_SLOT, FRONTEND, DEVICE, LOCAL_POD, FLOW_LIVE, FLOW_BRIEF, FRAGMENT, SOCKET, COUNTER];
 }
 
-/// Default capacities, in entries. Idle memory of all maps with these is below 32 MiB.
+/// Default capacities, in entries. Idle, all maps with these take about 31 MiB: computed from 35.2 MiB measured with
+/// 10,000 Services.
 pub mod capacity {
     /// Service ports with a name.
     pub const SERVICE: u32 = 65_536;
