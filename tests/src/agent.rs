@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
@@ -312,7 +313,11 @@ pub fn find_binary() -> Result<PathBuf> {
 }
 
 /// Mounts the BPF file system where it belongs, if it is not: as every init system does.
+///
+/// One thread at a time: two mounts on top of each other would hide the pins below.
 fn ensure_bpffs() -> Result<()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let kind = statfs(BPFFS).context(|| format!("statfs {BPFFS}"))?.filesystem_type();
     if kind == BPF_FS_MAGIC {
         return Ok(());

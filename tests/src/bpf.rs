@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result};
+use nix::mount::{MsFlags, mount};
 use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, unshare};
 use proxy_abi::{
@@ -24,6 +25,7 @@ use proxy_agent::dataplane::{AttachMode, Bpf, Config, cleanup};
 
 use crate::address::Family;
 use crate::command;
+use crate::lease::BPFFS;
 use crate::packet::Frame;
 use crate::packet::named::{GATEWAY, Host, POD_ONE, POD_THREE, POD_TWO};
 
@@ -54,6 +56,14 @@ pub struct Outcome {
     pub packet: Vec<u8>,
     /// What was counted.
     pub counts: Counts,
+}
+
+/// Mounts a BPF file system for this thread's mount namespace alone: nothing is asked of the machine and nothing stays.
+fn own_bpffs() -> Result<()> {
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("keep mounts from spreading")?;
+    mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+        .with_context(|| format!("mount {BPFFS}"))
 }
 
 /// Return values of the tc programs.
@@ -115,7 +125,8 @@ impl Bench {
 
     fn open(tables: Tables) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        unshare(CloneFlags::CLONE_NEWNET).context("a network namespace")?;
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).context("a network and a mount namespace")?;
+        own_bpffs()?;
         let mut ifindexes = [0; 3];
         for (name, ifindex) in ["one", "two", "three"].into_iter().zip(&mut ifindexes) {
             let add = ["link", "add", name, "type", "veth", "peer", "name", &format!("{name}-pod")].map(str::to_owned);
@@ -123,7 +134,7 @@ impl Bench {
             *ifindex = if_nametoindex(name).context("index of a veth")?;
         }
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let root = PathBuf::from(format!("/sys/fs/bpf/pt{}-packets{count}", std::process::id()));
+        let root = PathBuf::from(format!("{BPFFS}/pt{}-packets{count}", std::process::id()));
         let config = Config {
             pin_root: root.clone(),
             attach: AttachMode::Auto,
