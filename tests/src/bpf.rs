@@ -183,7 +183,7 @@ impl Bench {
             slot: 0,
             reserved: 0,
             since: 0,
-            reserved2: 0,
+            mtu: 0,
         };
         self.bpf.maps().device.set(&ifindex, &entry)?;
         for ip in [entry.ip4, entry.ip6] {

@@ -20,13 +20,15 @@ pub enum Source {
     EndpointSlices,
     /// This node's Node object.
     Node,
-    /// Interfaces of the node, from netlink.
+    /// Interfaces of the node, from netlink: those of pods and all others.
     Links,
+    /// ServiceCIDR objects; listed as empty where the API server has no such kind (before Kubernetes 1.33).
+    ServiceCidrs,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Services, Self::EndpointSlices, Self::Node, Self::Links];
+    pub const ALL: [Self; 5] = [Self::Services, Self::EndpointSlices, Self::Node, Self::Links, Self::ServiceCidrs];
 }
 
 /// One change.
@@ -46,6 +48,14 @@ pub enum Event {
     Link(PodLink),
     /// An interface is gone, or is no pod interface any more.
     LinkGone(u32),
+    /// An interface of the node that is not a pod's is as given.
+    Device(NetDevice),
+    /// Such an interface is gone, or has become a pod's.
+    DeviceGone(u32),
+    /// A ServiceCIDR (networking.k8s.io/v1) is as given: its name and ranges.
+    ServiceCidr(Arc<str>, Vec<IpNet>),
+    /// A ServiceCIDR is gone.
+    ServiceCidrGone(Arc<str>),
     /// Findings about one object replace the earlier ones under the same key; empty when it is well.
     Diagnostics {
         /// `Kind namespace/name`.
@@ -67,8 +77,10 @@ pub enum Event {
 pub enum Listing {
     /// Names of Services or slices.
     Objects(BTreeSet<ObjectName>),
-    /// Indices of pod interfaces.
+    /// Indices of all interfaces, pods' and others.
     Links(BTreeSet<u32>),
+    /// Names of ServiceCIDR objects.
+    ServiceCidrs(BTreeSet<Arc<str>>),
     /// The node itself.
     Node,
 }
@@ -86,6 +98,25 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Has the taint `ToBeDeletedByClusterAutoscaler` or a deletion timestamp.
     pub leaving: bool,
+}
+
+/// An interface of the node that is not a pod's: uplink, tunnel, bridge, loopback. Comes from netlink alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetDevice {
+    /// Interface index in the node's network namespace.
+    pub ifindex: u32,
+    /// Interface name.
+    pub name: Arc<str>,
+    /// Ethernet address; zero where there is none.
+    pub mac: MacBytes,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// The node's own addresses on it, of any scope but link-local.
+    pub addresses: Vec<IpAddr>,
+    /// Packets from outside the node come in here: it gets programs.
+    pub attach: bool,
+    /// Carries the pods' bridge addresses: NodePorts are served there only under `all`, as by kube-proxy.
+    pub pod_bridge: bool,
 }
 
 /// A host-side veth of a pod, with what may be done on it. Comes from netlink alone.

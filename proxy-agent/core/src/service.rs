@@ -4,6 +4,8 @@ use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 use crate::name::ObjectName;
 
 /// Transport protocol of a service port.
@@ -39,6 +41,18 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Session affinity by client address, in seconds.
     pub affinity_seconds: Option<u32>,
+    /// `spec.externalIPs`, of any family.
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip`, those with `ipMode: VIP` or none.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`.
+    pub source_ranges: Vec<IpNet>,
+    /// `spec.internalTrafficPolicy: Local`.
+    pub internal_local: bool,
+    /// `spec.externalTrafficPolicy: Local`.
+    pub external_local: bool,
+    /// `spec.healthCheckNodePort`, for a load balancer with `externalTrafficPolicy: Local`.
+    pub health_check_node_port: Option<NonZeroU16>,
 }
 
 /// One entry of `spec.ports`.
@@ -50,6 +64,8 @@ pub struct ServicePort {
     pub protocol: Protocol,
     /// Port of the cluster address.
     pub port: NonZeroU16,
+    /// Port of the node's addresses.
+    pub node_port: Option<NonZeroU16>,
 }
 
 /// An `EndpointSlice` of address type IPv4 or IPv6 that belongs to a Service.

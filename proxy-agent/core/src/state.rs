@@ -2,9 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
 
 use crate::diagnostic::Diagnostic;
-use crate::event::{Event, Listing, Node, PodLink, Source};
+use crate::event::{Event, Listing, NetDevice, Node, PodLink, Source};
 use crate::name::ObjectName;
 use crate::service::{EndpointSlice, Service};
 
@@ -15,6 +18,8 @@ pub struct ClusterState {
     slices: BTreeMap<ObjectName, EndpointSlice>,
     node: Node,
     links: BTreeMap<u32, PodLink>,
+    devices: BTreeMap<u32, NetDevice>,
+    service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
     findings: BTreeMap<String, Vec<Diagnostic>>,
     listed: BTreeSet<Source>,
     unreadable: bool,
@@ -142,6 +147,18 @@ impl ClusterState {
             Event::Node(node) => self.set_node(node, &mut changed),
             Event::Link(link) => self.set_link(link, &mut changed),
             Event::LinkGone(ifindex) => self.remove_link(ifindex, &mut changed),
+            Event::Device(device) => {
+                self.devices.insert(device.ifindex, device);
+            }
+            Event::DeviceGone(ifindex) => {
+                self.devices.remove(&ifindex);
+            }
+            Event::ServiceCidr(name, ranges) => {
+                self.service_cidrs.insert(name, ranges);
+            }
+            Event::ServiceCidrGone(name) => {
+                self.service_cidrs.remove(&name);
+            }
             Event::Diagnostics { object, findings } => self.set_findings(&object, findings, &mut changed),
             Event::Unreadable(unreadable) => {
                 changed.readable = self.unreadable && !unreadable;
@@ -273,9 +290,11 @@ impl ClusterState {
             }
             (Source::Node, Listing::Node) => {}
             // A listing of another kind says nothing about this source: it stays unlisted, and nothing goes.
-            (Source::Services | Source::EndpointSlices, Listing::Links(_) | Listing::Node)
-            | (Source::Links, Listing::Objects(_) | Listing::Node)
-            | (Source::Node, Listing::Objects(_) | Listing::Links(_)) => return,
+            (Source::ServiceCidrs, Listing::ServiceCidrs(named)) => {
+                self.service_cidrs.retain(|name, _| named.contains(name));
+            }
+            (Source::Services | Source::EndpointSlices, _)
+            | (Source::Links | Source::Node | Source::ServiceCidrs, _) => return,
         }
         changed.listed |= self.listed.insert(source);
     }

@@ -20,8 +20,9 @@ use aya::maps::MapType;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use proxy_abi::{
-    ABI_VERSION, BackendEntry, CounterEntry, DeviceEntry, FlowEntry, FlowKey, FragmentEntry, FragmentKey,
-    FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, ServiceEntry, SocketEntry, SocketKey, map,
+    ABI_VERSION, AffinityEntry, AffinityKey, BackendEntry, CounterEntry, DeviceEntry, FlowEntry, FlowKey,
+    FragmentEntry, FragmentKey, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PrefixKey, ServiceEntry,
+    SocketEntry, SocketKey, map,
 };
 
 use super::Error;
@@ -32,7 +33,7 @@ const fn layout<K, V>(name: &'static str, kind: MapType) -> Layout {
 }
 
 /// Every pinned map.
-pub const LAYOUTS: [Layout; 11] = [
+pub const LAYOUTS: [Layout; 13] = [
     layout::<u32, ServiceEntry>(map::SERVICE, MapType::Hash),
     layout::<u32, BackendEntry>(map::BACKEND, MapType::Array),
     layout::<u32, u32>(map::BACKEND_SLOT, MapType::Array),
@@ -44,6 +45,8 @@ pub const LAYOUTS: [Layout; 11] = [
     layout::<FragmentKey, FragmentEntry>(map::FRAGMENT, MapType::LruHash),
     layout::<SocketKey, SocketEntry>(map::SOCKET, MapType::LruHash),
     layout::<u32, CounterEntry>(map::COUNTER, MapType::PerCpuArray),
+    layout::<PrefixKey, u32>(map::PREFIX, MapType::LpmTrie),
+    layout::<AffinityKey, AffinityEntry>(map::AFFINITY, MapType::LruHash),
 ];
 
 /// The pin directory of this version.
@@ -65,6 +68,8 @@ pub struct Maps {
     pub frontend: Map<FrontendKey, FrontendEntry>,
     pub device: Map<u32, DeviceEntry>,
     pub local_pod: Map<IpBytes, LocalPodEntry>,
+    pub prefix: Map<PrefixKey, u32>,
+    pub affinity: Map<AffinityKey, AffinityEntry>,
     pub flow_live: Map<FlowKey, FlowEntry>,
     pub flow_brief: Map<FlowKey, FlowEntry>,
     pub counter: Map<u32, CounterEntry>,
@@ -166,7 +171,8 @@ impl Pins {
         if !directory.exists() {
             return Err(Error::NotRunning { path: directory });
         }
-        let [service, backend, slot, frontend, device, local_pod, live, brief, _, _, counter] = LAYOUTS;
+        let [service, backend, slot, frontend, device, local_pod, live, brief, _, _, counter, prefix, affinity] =
+            LAYOUTS;
         Ok(Maps {
             service: Map::open(&directory, service)?,
             backend: Map::open(&directory, backend)?,
@@ -174,6 +180,8 @@ impl Pins {
             frontend: Map::open(&directory, frontend)?,
             device: Map::open(&directory, device)?,
             local_pod: Map::open(&directory, local_pod)?,
+            prefix: Map::open(&directory, prefix)?,
+            affinity: Map::open(&directory, affinity)?,
             flow_live: Map::open(&directory, live)?,
             flow_brief: Map::open(&directory, brief)?,
             counter: Map::open(&directory, counter)?,

@@ -330,7 +330,7 @@ impl<K: Watched> Translator<K> {
                 }
                 Listing::Node
             }
-            Source::Services | Source::EndpointSlices | Source::Links => Listing::Objects(ours),
+            Source::Services | Source::EndpointSlices | Source::Links | Source::ServiceCidrs => Listing::Objects(ours),
         };
         events.push(Event::Listed(K::SOURCE, listing));
     }

@@ -160,7 +160,18 @@ fn service_outcome(service: &core_v1::Service, name: ObjectName, report: &mut Re
         report.error("spec.clusterIPs", problem, "write one IPv4 address, one IPv6 address, or one of each");
         return None;
     }
-    Some(Service { name, cluster_ips, ports, affinity_seconds: affinity_seconds(spec, report) })
+    Some(Service {
+        name,
+        cluster_ips,
+        ports,
+        affinity_seconds: affinity_seconds(spec, report),
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        internal_local: false,
+        external_local: false,
+        health_check_node_port: None,
+    })
 }
 
 /// Cluster addresses, at most one of each family. `None` when the Service is headless or has no address yet.
@@ -286,7 +297,7 @@ fn service_ports(listed: &[core_v1::ServicePort], report: &mut Report) -> Vec<Se
         }
         names.insert(name, at);
         numbers.insert((protocol, port), at);
-        ports.push(ServicePort { name: name.into(), protocol, port });
+        ports.push(ServicePort { name: name.into(), protocol, port, node_port: None });
     }
     ports
 }

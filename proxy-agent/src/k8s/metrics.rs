@@ -41,7 +41,7 @@ impl SourceMetrics {
             Source::Services => Some(&self.services),
             Source::EndpointSlices => Some(&self.slices),
             Source::Node => Some(&self.node),
-            Source::Links => None,
+            Source::Links | Source::ServiceCidrs => None,
         }
     }
 }

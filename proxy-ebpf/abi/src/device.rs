@@ -1,13 +1,22 @@
-//! Interfaces of the node and the pods behind them.
+//! Interfaces of the node, and the pods behind some of them.
+//!
+//! ```text
+//!   kind          ip4, ip6              gateway_ip4, gateway_ip6    pod_mac      gateway_mac     flags
+//!   pod's veth    the pod's             the bridge's                the pod's    the bridge's    REDIRECT, SWITCH
+//!   uplink ...    source of what is     unspecified                 its own      its own         NETDEV
+//!                 masqueraded there
+//!   bridge ...    the same              unspecified                 its own      its own         none
+//! ```
 
 use crate::{IpBytes, MacBytes};
 
 abi! {
-    /// A host-side veth of a pod, by interface index. The programs do nothing on an interface without an entry.
+    /// An interface, by its index. The programs do nothing on an interface without an entry.
     pub struct DeviceEntry [96] {
-        /// The pod's IPv4 address as the agent bound it, or [`IpBytes::UNSPECIFIED`].
+        /// The pod's IPv4 address as the agent bound it; on another device the address that what leaves there is
+        /// masqueraded with; or [`IpBytes::UNSPECIFIED`].
         pub ip4: IpBytes,
-        /// The pod's IPv6 address as the agent bound it, or [`IpBytes::UNSPECIFIED`].
+        /// The same for IPv6.
         pub ip6: IpBytes,
         /// The bridge's IPv4 address in the pod's subnet, or [`IpBytes::UNSPECIFIED`]: the source that a pod sees when
         /// it reaches itself through a Service, as with kube-proxy's masquerade.
@@ -28,8 +37,8 @@ abi! {
         pub reserved: u16,
         /// Nanoseconds of CLOCK_MONOTONIC when the interface was first seen, in units of 2^30: orders two claims.
         pub since: u32,
-        /// 0.
-        pub reserved2: u32,
+        /// MTU in bytes, as the IP stack counts it; 0 = not known.
+        pub mtu: u32,
     }
 
     /// A pod of this node, by address.
@@ -53,4 +62,6 @@ impl DeviceEntry {
     /// the bridge and all programs on both interfaces see the frame. Without it and without `REDIRECT` the packet goes
     /// up to the IP stack.
     pub const SWITCH: u32 = 2;
+    /// Not a pod's: an uplink or tunnel with `from_netdev` and `to_netdev`.
+    pub const NETDEV: u32 = 4;
 }

@@ -99,14 +99,14 @@ abi! {
     /// Where a program makes a new flow: one for each CPU, in a map of its own that is not pinned. Programs at tc run
     /// with bottom halves off, so none of them interrupts another on its CPU. Being in a map, it costs no stack, and the
     /// verifier forgets what was written: paths that differ by nothing else are walked once.
-    pub struct Work [280] {
+    pub struct Work [384] {
         /// The tuple that a packet is to get.
         pub new: Tuple,
         /// Interface that it is redirected to; 0: on through the stack.
         pub redirect: u32,
         /// Destination MAC that it is to get.
         pub mac: MacBytes,
-        /// Is `mac` to be set?
+        /// Is `mac` to be set? Flags of [`FlowEntry`]; `ROUTED`: the route says where to.
         pub set_mac: u16,
         /// Service port of its flow.
         pub service: u32,
@@ -120,8 +120,14 @@ abi! {
         pub fragment: FragmentKey,
         /// A reason (`crate::Reason`) on its way back to the caller.
         pub reason: u32,
-        /// 0.
-        pub reserved: u32,
+        /// Flags of the frontend that a new flow is made for.
+        pub frontend_flags: u32,
+        /// The tuple of the packet that an ICMP error quotes.
+        pub quoted: Tuple,
+        /// Argument of `bpf_fib_lookup`: `struct bpf_fib_lookup` of the kernel, 64 bytes.
+        pub route: [u32; 16],
+        /// MTU of the path that a packet is too big for.
+        pub mtu: u32,
     }
 
     /// A fragmented packet: RFC 791 §3.2, RFC 8200 §4.5.
@@ -236,6 +242,13 @@ impl FlowEntry {
     pub const NOT_PROMOTED: u16 = 32;
     /// The key of the original tuple is on [`FlowKey::SIDE_INITIATOR`].
     pub const INITIATOR_SIDE: u16 = 64;
+    /// The initiator is not a pod of this node: with `REDIRECT`, its packets leave by the interface that the route to it
+    /// names.
+    pub const OUTSIDE: u16 = 128;
+    /// With `REDIRECT`: packets to the responder leave by the interface that the route to it names.
+    pub const ROUTED: u16 = 256;
+    /// The translated source is an address of the node.
+    pub const MASQUERADED: u16 = 512;
 
     /// Is anything rewritten?
     #[inline(always)]

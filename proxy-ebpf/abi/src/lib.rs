@@ -13,7 +13,9 @@
 //!   fragment        LRU_HASH   FragmentKey 40   FragmentEntry     8  programs
 //!   socket          LRU_HASH   SocketKey   32   SocketEntry      32  socket programs
 //!   counter         PERCPU_ARRAY index      4   CounterEntry     16  programs: hook × reason
-//!   work            PERCPU_ARRAY 0          4   Work            280  programs: scratch, not pinned
+//!   prefix          LPM_TRIE   PrefixKey   24   u32               4  agent: service ranges, sources; the value is 1
+//!   affinity        LRU_HASH   AffinityKey 24   AffinityEntry    16  programs
+//!   work            PERCPU_ARRAY 0          4   Work            384  programs: scratch, not pinned
 //! ```
 //!
 //! Every struct is made by one macro, which fixes `repr(C)` and asserts its size and the absence of padding, so a map
@@ -50,13 +52,15 @@ pub mod verdict;
 pub use addr::{IpBytes, MacBytes, PortBe, Proto};
 pub use device::{DeviceEntry, LocalPodEntry};
 pub use flow::{FlowEntry, FlowKey, FragmentEntry, FragmentKey, Stamp, Tuple, Work};
-pub use service::{BackendEntry, FrontendEntry, FrontendKey, NameBytes, ServiceEntry};
+pub use service::{
+    AffinityEntry, AffinityKey, BackendEntry, FrontendEntry, FrontendKey, NameBytes, PrefixKey, ServiceEntry,
+};
 pub use socket::{SocketEntry, SocketKey};
 pub use verdict::{CounterEntry, Hook, Reason};
 
 /// Version of every layout in this crate. It names the pin directory, so that two versions never share a map.
 /// Raise it with any change of a type here; `proxy-ebpf/abi/fingerprint` must change with it, which `cargo xtask tidy` checks.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// `AF_INET` as it stands in keys.
 pub const FAMILY_IPV4: u8 = 4;
@@ -87,9 +91,26 @@ pub mod map {
     pub const SOCKET: &str = "socket";
     /// Packets and bytes by hook and reason.
     pub const COUNTER: &str = "counter";
+    /// Address ranges.
+    pub const PREFIX: &str = "prefix";
+    /// Clients of Services with session affinity.
+    pub const AFFINITY: &str = "affinity";
     /// All of them.
-    pub const ALL: [&str; 11] =
-        [SERVICE, BACKEND, BACKEND_SLOT, FRONTEND, DEVICE, LOCAL_POD, FLOW_LIVE, FLOW_BRIEF, FRAGMENT, SOCKET, COUNTER];
+    pub const ALL: [&str; 13] = [
+        SERVICE,
+        BACKEND,
+        BACKEND_SLOT,
+        FRONTEND,
+        DEVICE,
+        LOCAL_POD,
+        FLOW_LIVE,
+        FLOW_BRIEF,
+        FRAGMENT,
+        SOCKET,
+        COUNTER,
+        PREFIX,
+        AFFINITY,
+    ];
 }
 
 /// Default capacities, in entries. Idle, all maps with these take about 31 MiB: computed from 35.2 MiB measured with
@@ -115,4 +136,8 @@ pub mod capacity {
     pub const FRAGMENT: u32 = 8_192;
     /// Sockets of the node that use a Service over UDP, or asked for their peer.
     pub const SOCKET: u32 = 16_384;
+    /// Service ranges, sources of load balancers.
+    pub const PREFIX: u32 = 65_536;
+    /// Clients of Services with session affinity.
+    pub const AFFINITY: u32 = 16_384;
 }

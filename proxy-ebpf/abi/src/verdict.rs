@@ -77,13 +77,23 @@ named! {
         PortRemapped = 14, "port_remapped", "source port changed, because two flows would look alike to the backend";
         Socket = 15, "socket", "socket address replaced by a backend's";
         SocketReply = 16, "socket_reply", "backend's address shown as the Service's";
-        NoBackend = 32, "no_backend", "drop: the Service has no endpoint";
+        Masqueraded = 17, "masqueraded", "first packet of a flow whose source becomes an address of the node";
+        IcmpError = 18, "icmp_error", "ICMP error about a translated packet: translated like it";
+        Midstream = 19, "midstream", "TCP segment to a Service from outside, in a connection that is not known: passed to the node";
+        NoBackend = 32, "no_backend", "refused: the Service has no endpoint";
         FragmentBeforeFirst = 33, "fragment_before_first", "drop: a fragment came before the one that has the ports";
         NoFlow = 34, "no_flow", "drop: TCP segment to a Service in the middle of a connection that is not known";
         FlowTableFull = 35, "flow_table_full", "drop: no room for a translated flow, whose reply could not be translated back";
         ClashUnresolved = 36, "clash_unresolved", "drop: no backend and port found that another flow does not use";
         RewriteFailed = 37, "rewrite_failed", "drop: the packet could not be written";
         BackendMissing = 38, "backend_missing", "drop: a slot names a backend that is not there";
+        NoLocalBackend = 39, "no_local_backend", "drop: traffic policy Local, and no endpoint on this node";
+        NoSuchPort = 40, "no_such_port", "refused: the Service's address has no such port";
+        Unallocated = 41, "unallocated", "drop: an address of the Service range that no Service has";
+        SourceNotAllowed = 42, "source_not_allowed", "drop: the client is in no range of loadBalancerSourceRanges";
+        NoRoute = 43, "no_route", "drop: the node has no route to where the packet must go";
+        TooBig = 44, "too_big", "refused: the packet is bigger than what the next link carries";
+        RefuseLimited = 45, "refuse_limited", "drop: refusals are limited to as many a second as the kernel sends";
     }
 }
 

@@ -119,7 +119,7 @@ impl Compiler {
             slot: 0,
             reserved: 0,
             since: 0,
-            reserved2: 0,
+            mtu: 0,
         };
         tables.devices.want(link.ifindex, device);
         self.links.bound.insert(link.ifindex, bound);

@@ -3,11 +3,12 @@
 use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use proxy_abi::verdict::COUNTERS;
 use proxy_abi::{
-    BackendEntry, CounterEntry, DeviceEntry, FlowEntry, FlowKey, FragmentEntry, FragmentKey, FrontendEntry,
-    FrontendKey, IpBytes, LocalPodEntry, ServiceEntry, SocketEntry, SocketKey, Work, capacity,
+    AffinityEntry, AffinityKey, BackendEntry, CounterEntry, DeviceEntry, FlowEntry, FlowKey, FragmentEntry,
+    FragmentKey, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, ServiceEntry, SocketEntry, SocketKey, Work,
+    capacity,
 };
 
 #[map(name = "service")]
@@ -34,6 +35,11 @@ pub(crate) static FRAGMENT: LruHashMap<FragmentKey, FragmentEntry> =
     LruHashMap::with_max_entries(capacity::FRAGMENT, 0);
 #[map(name = "socket")]
 pub(crate) static SOCKET: LruHashMap<SocketKey, SocketEntry> = LruHashMap::with_max_entries(capacity::SOCKET, 0);
+#[map(name = "prefix")]
+pub(crate) static PREFIX: LpmTrie<[u32; 5], u32> = LpmTrie::with_max_entries(capacity::PREFIX, BPF_F_NO_PREALLOC);
+#[map(name = "affinity")]
+pub(crate) static AFFINITY: LruHashMap<AffinityKey, AffinityEntry> =
+    LruHashMap::with_max_entries(capacity::AFFINITY, 0);
 #[map(name = "counter")]
 pub(crate) static COUNTER: PerCpuArray<CounterEntry> = PerCpuArray::with_max_entries(COUNTERS, 0);
 /// Where a new flow is made.

@@ -260,7 +260,7 @@ fn tables(node: &Node, client: &Pod, server: &Pod) -> Result<Vec<Op>> {
             slot: 0,
             reserved: 0,
             since: 1,
-            reserved2: 0,
+            mtu: 0,
         }
     };
     let local = |pod: &Pod| LocalPodEntry {
