@@ -3,13 +3,13 @@
 //! aya is named in here and nowhere else. What is pinned where is drawn in [`pins`]; what lies in the maps in
 //! `proxy_abi`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use proxy_abi::{BackendEntry, Proto, map as map_name};
+use proxy_abi::{BackendEntry, DeviceEntry, Proto, map as map_name};
 use proxy_core::dataplane::Dataplane;
 use proxy_core::tables::{Op, Tables};
 
@@ -187,23 +187,37 @@ impl Bpf {
         let lock = pins.lock()?;
         pins.check()?;
         let way = Way::choose(config.attach)?;
-        let mut ebpf = load(&pins, config)?;
+        let mut ebpf = match load(&pins, config, true) {
+            // Without `bpf_set_retval` (Linux 5.18) the socket programs refuse in another way.
+            Err(Error::Program { program, .. }) if attach::CGROUP_PROGRAMS.iter().any(|(name, _)| *name == program) => {
+                load(&pins, config, false)?
+            }
+            loaded => loaded?,
+        };
         if let Some(cgroup) = &config.cgroup {
             attach::attach_cgroup(&ebpf, &pins, cgroup)?;
         }
         let maps = pins.open()?;
         // Interfaces that have gone while nobody watched: `load` will not name them, so the plan removes their rest.
+        let rows: BTreeMap<u32, DeviceEntry> = maps.device.read()?.into_iter().collect();
         for ifindex in attached(&pins)? {
-            match attach::attach_pod(&mut ebpf, &pins, way, ifindex) {
+            let Some(programs) = rows.get(&ifindex).and_then(attach::programs) else {
+                attach::detach(&pins, ifindex)?;
+                continue;
+            };
+            match attach::attach(&mut ebpf, &pins, way, ifindex, programs) {
                 Ok(()) => {}
-                Err(e) if e.is_interface_gone() => attach::detach_pod(&pins, ifindex)?,
+                Err(e) if e.is_interface_gone() => attach::detach(&pins, ifindex)?,
                 Err(e) => return Err(e),
             }
         }
         // A row without programs does nothing: it is of an interface that has gone, or that was not finished.
         let attached = attached(&pins)?;
-        for (ifindex, _) in maps.device.read()?.into_iter().filter(|(ifindex, _)| !attached.contains(ifindex)) {
-            maps.device.delete(&ifindex)?;
+        let unfinished = |(ifindex, row): &(&u32, &DeviceEntry)| {
+            attach::programs(row).is_some() && !attached.contains(*ifindex)
+        };
+        for (ifindex, _) in rows.iter().filter(unfinished) {
+            maps.device.delete(ifindex)?;
         }
         Ok(Self { _lock: lock, ebpf, maps, pins, way })
     }
@@ -227,7 +241,7 @@ impl Bpf {
 
     /// Ids of our programs for interfaces: what else is there on tcx is somebody else's.
     pub fn interface_program_ids(&self) -> BTreeSet<u32> {
-        let names = attach::POD_PROGRAMS.iter();
+        let names = attach::POD_PROGRAMS.iter().chain(&attach::NETDEV_PROGRAMS);
         names.filter_map(|(name, _, _)| Some(self.ebpf.program(name)?.info().ok()?.id())).collect()
     }
 
@@ -241,13 +255,16 @@ impl Bpf {
             .collect()
     }
 
-    fn set_device(&mut self, ifindex: u32, entry: &proxy_abi::DeviceEntry) -> Result<(), Error> {
+    fn set_device(&mut self, ifindex: u32, entry: &DeviceEntry) -> Result<(), Error> {
         // The entry first: a program without it does nothing.
         self.maps.device.set(&ifindex, entry)?;
-        match attach::attach_pod(&mut self.ebpf, &self.pins, self.way, ifindex) {
+        let Some(programs) = attach::programs(entry) else {
+            return attach::detach(&self.pins, ifindex);
+        };
+        match attach::attach(&mut self.ebpf, &self.pins, self.way, ifindex, programs) {
             Err(e) if e.is_interface_gone() => {
                 self.maps.device.delete(&ifindex)?;
-                attach::detach_pod(&self.pins, ifindex)?;
+                attach::detach(&self.pins, ifindex)?;
                 Err(e)
             }
             other => other,
@@ -274,7 +291,7 @@ fn attached(pins: &Pins) -> Result<BTreeSet<u32>, Error> {
         .collect())
 }
 
-fn load(pins: &Pins, config: &Config) -> Result<Ebpf, Error> {
+fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
     let cookie = sysbpf::netns_cookie().map_err(|source| Error::Attach {
         program: "connect4",
         target: "network namespace".to_owned(),
@@ -282,14 +299,16 @@ fn load(pins: &Pins, config: &Config) -> Result<Ebpf, Error> {
     })?;
     let directory = pins.maps();
     let mut loader = EbpfLoader::new();
+    let set_retval = u32::from(set_retval);
     loader.override_global("NETNS_COOKIE", &cookie, true);
+    loader.override_global("SET_RETVAL", &set_retval, true);
     for layout in pins::LAYOUTS {
         loader.map_pin_path(layout.name, directory.join(layout.name));
     }
     loader.map_max_entries(map_name::FLOW_LIVE, config.flow_live);
     loader.map_max_entries(map_name::FLOW_BRIEF, config.flow_brief);
     let mut ebpf = loader.load(OBJECT).map_err(|e| Error::Object(Box::new(e)))?;
-    for (program, _, _) in attach::POD_PROGRAMS {
+    for (program, _, _) in attach::POD_PROGRAMS.into_iter().chain(attach::NETDEV_PROGRAMS) {
         let found = ebpf.program_mut(program).ok_or(Error::NoProgram { program })?;
         let found: &mut SchedClassifier = found.try_into().map_err(|source| Error::Program { program, source })?;
         found.load().map_err(|source| Error::Program { program, source })?;
@@ -336,7 +355,7 @@ impl Dataplane for Bpf {
         let mut tables = self.maps.tables()?;
         // A device row without its programs is not there: the plan writes it again, and that attaches them.
         let attached = attached(&self.pins)?;
-        tables.devices.retain(|ifindex, _| attached.contains(ifindex));
+        tables.devices.retain(|ifindex, row| attach::programs(row).is_none() || attached.contains(ifindex));
         Ok(tables)
     }
 
@@ -352,7 +371,7 @@ impl Dataplane for Bpf {
             Op::DeleteFrontend(key) => self.maps.frontend.delete(key).map(|_| ()),
             Op::SetDevice(ifindex, entry) => self.set_device(*ifindex, entry),
             Op::DeleteDevice(ifindex) => {
-                attach::detach_pod(&self.pins, *ifindex)?;
+                attach::detach(&self.pins, *ifindex)?;
                 self.maps.device.delete(ifindex).map(|_| ())
             }
             Op::SetLocalPod(ip, entry) => self.maps.local_pod.set(ip, entry),
@@ -388,7 +407,7 @@ pub fn cleanup(pin_root: &Path) -> Result<Vec<String>, Error> {
     if pins.links().exists() {
         for pin in pins.list_links()? {
             match &pin {
-                LinkPin::Tcx(_, ifindex) | LinkPin::Clsact(ifindex) => attach::detach_pod(&pins, *ifindex)?,
+                LinkPin::Tcx(_, ifindex) | LinkPin::Clsact(ifindex) => attach::detach(&pins, *ifindex)?,
                 LinkPin::Cgroup(_) => pins.remove_link(&pin)?,
             }
             removed.push(format!("link {}", pins.link(&pin).display()));

@@ -37,7 +37,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use proxy_abi::MacBytes;
 use proxy_core::diagnostic::Diagnostic;
-use proxy_core::event::{Event, Node, PodLink};
+use proxy_core::event::{Event, NetDevice, Node, PodLink};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
@@ -333,7 +333,7 @@ impl Discovery {
         let bindings = &self.bindings;
         let settled = |index| ranges.get(&index).is_none_or(|ranges| bindings.settled(now, index, ranges));
         self.view.plan(now, self.config.window, settled);
-        let mut events = self.report.update(self.pod_links(&ranges), self.findings(&ranges));
+        let mut events = self.report.update(self.pod_links(&ranges), self.net_devices(), self.findings(&ranges));
         if std::mem::take(&mut self.announce) {
             events.push(self.report.listed());
         }
@@ -386,6 +386,7 @@ impl Discovery {
                 addresses: self.bindings.bound(*index),
                 gateways,
                 path: path::path(link, bridge, peer.foreign),
+                mtu: link.mtu,
             };
             Some((*index, pod_link))
         };
@@ -400,6 +401,30 @@ impl Discovery {
             (!findings.is_empty()).then(|| (report::object(name), findings))
         };
         pods.keys().filter_map(one).collect()
+    }
+
+    /// All interfaces that are not a pod's and have a layer 3 of their own.
+    fn net_devices(&self) -> BTreeMap<u32, NetDevice> {
+        let host = &self.view.host;
+        let device = |(index, role): (u32, Role)| {
+            let link = host.links.get(&index)?;
+            let has_addresses = host.addresses.get(&index).is_some_and(|addresses| !addresses.is_empty());
+            if matches!(role, Role::Pod | Role::Port) || !has_addresses {
+                return None;
+            }
+            let addresses = host.addresses.get(&index).into_iter().flatten().map(|address| address.net.addr());
+            let device = NetDevice {
+                ifindex: index,
+                name: Arc::clone(&link.name),
+                mac: link.mac,
+                mtu: link.mtu,
+                addresses: addresses.filter(|ip| !is_link_local6(*ip)).collect(),
+                attach: matches!(role, Role::Uplink | Role::Tunnel | Role::Bridge) && link.is_ethernet(),
+                pod_bridge: role == Role::PodBridge,
+            };
+            Some((index, device))
+        };
+        host.roles(&self.view.network).into_iter().filter_map(device).collect()
     }
 
     fn node_devices(&self) -> NodeDevices {
@@ -419,6 +444,11 @@ impl Discovery {
         };
         NodeDevices { devices: host.roles(&self.view.network).into_iter().filter_map(device).collect() }
     }
+}
+
+/// Every interface has one of these; none is the node's own among others.
+const fn is_link_local6(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.segments()[0] & 0xffc0 == 0xfe80)
 }
 
 /// Waits for a new value; for ever when there will be none.

@@ -5,7 +5,9 @@ use proxy_abi::PortBe;
 /// How many backends are tried when one is gone or another flow stands in the way.
 pub const BACKEND_TRIES: u32 = 3;
 /// How many source ports are tried after that.
-pub const PORT_TRIES: u32 = 5;
+pub const PORT_TRIES: u32 = 12;
+/// From this try on a port may be taken over from a connection that has just ended.
+pub const EAGER: u32 = BACKEND_TRIES + PORT_TRIES / 2;
 
 /// A slot of a range of `count` slots, uniformly by a 32-bit random number; `None` for an empty range.
 ///
@@ -23,6 +25,21 @@ pub const fn pick(random: u32, count: u32) -> Option<u32> {
 #[inline(always)]
 pub const fn source_port(random: u32) -> PortBe {
     PortBe::new(1024 + ((random as u64 * 64_512) >> 32) as u16)
+}
+
+/// First port of masqueraded flows.
+pub const MASQUERADE_FIRST: u16 = 1024;
+/// One past the last.
+pub const MASQUERADE_END: u16 = 32_768;
+
+/// A source port for a flow whose source becomes an address of the node, by a random number: 1,024 to 32,767. Below the
+/// kernel's ephemeral ports (`net.ipv4.ip_local_port_range`, 32,768 to 60,999), so that no socket of the node chooses
+/// the same one for the same peer. Ports that node processes listen on do no harm: the peer of a masqueraded flow answers
+/// from the backend's port, from which nobody connects.
+#[inline(always)]
+pub const fn masquerade_port(random: u32) -> PortBe {
+    let range = (MASQUERADE_END - MASQUERADE_FIRST) as u64;
+    PortBe::new(MASQUERADE_FIRST + ((random as u64 * range) >> 32) as u16)
 }
 
 #[cfg(test)]
@@ -50,5 +67,7 @@ mod tests {
     fn source_ports_stay_in_their_range() {
         assert_eq!(source_port(0).get(), 1024);
         assert_eq!(source_port(u32::MAX).get(), 65_535);
+        assert_eq!(masquerade_port(0).get(), MASQUERADE_FIRST);
+        assert_eq!(masquerade_port(u32::MAX).get(), MASQUERADE_END - 1);
     }
 }

@@ -21,3 +21,4 @@ pub mod balance;
 pub mod conntrack;
 pub mod packet;
 pub mod rewrite;
+pub mod sctp;

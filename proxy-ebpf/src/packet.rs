@@ -90,7 +90,7 @@ pub struct Parsed {
     pub proto: Proto,
     /// [`FAMILY_IPV4`] or [`FAMILY_IPV6`].
     pub family: u8,
-    /// TCP flags; 0 for other protocols and later fragments.
+    /// TCP flags; the type of an ICMP error; 0 for other protocols and later fragments.
     pub tcp_flags: u8,
     /// Fragmentation.
     pub fragment: Fragment,
@@ -124,6 +124,14 @@ pub trait Family: sealed::Sealed {
     const DST: usize;
     /// Offset of the header checksum, where there is one.
     const HEADER_CHECKSUM: Option<usize>;
+    /// ICMP of this family.
+    const ICMP: Proto;
+
+    /// Does an ICMP message of this type quote the packet that it is about?
+    fn quotes(icmp_type: u8) -> bool;
+
+    /// Reads the network header of a quoted packet, which begins at `at`.
+    fn parse_quoted<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Header>;
 
     /// Reads the network header. The ports follow in [`parse`].
     fn parse_header<P: Packet + ?Sized>(packet: &P) -> Result<Header, Reason>;
@@ -145,6 +153,30 @@ impl Family for V4 {
     const SRC: usize = ETH_LEN + 12;
     const DST: usize = ETH_LEN + 16;
     const HEADER_CHECKSUM: Option<usize> = Some(ETH_LEN + 10);
+    const ICMP: Proto = Proto::ICMP;
+
+    /// Unreachable, source quench, redirect, time exceeded, parameter problem (RFC 792; as the kernel's conntrack does).
+    #[inline(always)]
+    fn quotes(icmp_type: u8) -> bool {
+        matches!(icmp_type, 3 | 4 | 5 | 11 | 12)
+    }
+
+    #[inline(always)]
+    fn parse_quoted<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Header> {
+        let version_ihl = packet.byte(at)?;
+        let ihl = usize::from(version_ihl & 0x0f) * 4;
+        if version_ihl >> 4 != 4 || ihl < 20 || u16::from_be(packet.half(at + 6)?) & 0x1fff != 0 {
+            return None;
+        }
+        Some(Header {
+            src: IpBytes::from_v4_word(packet.word(at + 12)?),
+            dst: IpBytes::from_v4_word(packet.word(at + 16)?),
+            proto: packet.byte(at + 9)?,
+            l4: at + ihl,
+            fragment: Fragment::WHOLE,
+            fragment_id: 0,
+        })
+    }
 
     #[inline(always)]
     fn parse_header<P: Packet + ?Sized>(packet: &P) -> Result<Header, Reason> {
@@ -194,6 +226,34 @@ impl Family for V6 {
     const SRC: usize = ETH_LEN + 8;
     const DST: usize = ETH_LEN + 24;
     const HEADER_CHECKSUM: Option<usize> = None;
+    const ICMP: Proto = Proto::ICMPV6;
+
+    /// Error messages have the upper bit clear (RFC 4443 §2.1): unreachable, too big, time exceeded, parameter problem.
+    #[inline(always)]
+    fn quotes(icmp_type: u8) -> bool {
+        matches!(icmp_type, 1..=4)
+    }
+
+    /// Of the extension headers only that of a first fragment is followed.
+    #[inline(always)]
+    fn parse_quoted<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Header> {
+        if packet.byte(at)? >> 4 != 6 {
+            return None;
+        }
+        let address = |at| {
+            Some(IpBytes([packet.word(at)?, packet.word(at + 4)?, packet.word(at + 8)?, packet.word(at + 12)?]))
+        };
+        let (mut proto, mut l4) = (packet.byte(at + 6)?, at + 40);
+        if proto == next_header::FRAGMENT {
+            if u16::from_be(packet.half(l4 + 2)?) & 0xfff8 != 0 {
+                return None;
+            }
+            proto = packet.byte(l4)?;
+            l4 += 8;
+        }
+        let (src, dst) = (address(at + 8)?, address(at + 24)?);
+        Some(Header { src, dst, proto, l4, fragment: Fragment::WHOLE, fragment_id: 0 })
+    }
 
     #[inline(always)]
     fn parse_header<P: Packet + ?Sized>(packet: &P) -> Result<Header, Reason> {
@@ -287,17 +347,27 @@ pub fn walk<P: Packet + ?Sized>(packet: &P, first: u8) -> Option<Extensions> {
     Some(Extensions { fragment_id, l4: (l4 as usize & OFFSET_MASK) as u16, proto, fragment })
 }
 
-/// Reads a packet of family `F`. Only TCP and UDP are followed further; for the rest the reason to let the packet pass
-/// comes back.
+/// Does this protocol have ports where TCP and UDP have them?
+#[inline(always)]
+const fn has_ports(proto: Proto) -> bool {
+    matches!(proto, Proto::TCP | Proto::UDP | Proto::SCTP)
+}
+
+/// Reads a packet of family `F`. Only TCP, UDP, SCTP and ICMP errors are followed further; for the rest the reason to
+/// let the packet pass comes back.
 #[inline(always)]
 pub fn parse<F: Family, P: Packet + ?Sized>(packet: &P) -> Result<Parsed, Reason> {
     let header = F::parse_header(packet)?;
     let proto = Proto(header.proto);
-    if proto != Proto::TCP && proto != Proto::UDP {
-        return Err(Reason::OtherProtocol);
-    }
     let (mut src_port, mut dst_port, mut tcp_flags) = (0, 0, 0);
-    if header.fragment != Fragment::LATER {
+    if !has_ports(proto) {
+        if proto == F::ICMP && header.fragment == Fragment::WHOLE {
+            tcp_flags = packet.byte(header.l4).ok_or(Reason::Unparsed)?;
+        }
+        if !F::quotes(tcp_flags) {
+            return Err(Reason::OtherProtocol);
+        }
+    } else if header.fragment != Fragment::LATER {
         src_port = packet.half(header.l4).ok_or(Reason::Unparsed)?;
         dst_port = packet.half(header.l4 + 2).ok_or(Reason::Unparsed)?;
         if proto == Proto::TCP {
@@ -313,6 +383,33 @@ pub fn parse<F: Family, P: Packet + ?Sized>(packet: &P) -> Result<Parsed, Reason
         tcp_flags: packet.forget(u32::from(tcp_flags)) as u8,
         fragment: Fragment(packet.forget(u32::from(header.fragment.0)) as u8),
     })
+}
+
+/// The packet that an ICMP error quotes, as far as it is quoted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quoted {
+    /// Its addresses and ports, as its sender wrote them.
+    pub tuple: Tuple,
+    /// Offset of its transport header.
+    pub l4: u16,
+    /// Its transport protocol.
+    pub proto: Proto,
+}
+
+/// Bytes of an ICMP header before the quoted packet (RFC 792, RFC 4443).
+pub const ICMP_LEN: usize = 8;
+
+/// Reads the packet that an ICMP error with its header at `icmp` quotes; `None` when its ports are not to be seen.
+#[inline(always)]
+pub fn quoted<F: Family, P: Packet + ?Sized>(packet: &P, icmp: usize) -> Option<Quoted> {
+    let header = F::parse_quoted(packet, (icmp & OFFSET_MASK) + ICMP_LEN)?;
+    let proto = Proto(header.proto);
+    if !has_ports(proto) {
+        return None;
+    }
+    let l4 = packet.forget(header.l4 as u32) as usize & OFFSET_MASK;
+    let (src_port, dst_port) = (PortBe(packet.half(l4)?), PortBe(packet.half(l4 + 2)?));
+    Some(Quoted { tuple: Tuple { src: header.src, dst: header.dst, src_port, dst_port }, l4: l4 as u16, proto })
 }
 
 #[cfg(test)]

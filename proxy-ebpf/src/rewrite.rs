@@ -43,8 +43,9 @@ pub const fn ports_word(src: PortBe, dst: PortBe) -> u32 {
     u32::from_ne_bytes([s[0], s[1], d[0], d[1]])
 }
 
+/// A sum of one's complement, brought to 32 bits.
 #[inline(always)]
-const fn fold32(mut sum: u64) -> u32 {
+pub const fn fold32(mut sum: u64) -> u32 {
     sum = (sum & 0xffff_ffff) + (sum >> 32);
     sum = (sum & 0xffff_ffff) + (sum >> 32);
     sum as u32

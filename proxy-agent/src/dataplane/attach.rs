@@ -17,6 +17,8 @@ use aya::Ebpf;
 use aya::programs::tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TcError, tc};
 
+use proxy_abi::DeviceEntry;
+
 use super::pins::{LinkPin, Pins};
 use super::sysbpf::{self, attach_type};
 use super::{AttachMode, Error};
@@ -27,6 +29,26 @@ pub const POD_PROGRAMS: [(&str, TcAttachType, u32); 2] = [
     ("from_pod", TcAttachType::Ingress, attach_type::TCX_INGRESS),
     ("to_pod", TcAttachType::Egress, attach_type::TCX_EGRESS),
 ];
+
+/// Programs of an uplink or tunnel, with their directions.
+pub const NETDEV_PROGRAMS: [(&str, TcAttachType, u32); 2] = [
+    ("from_netdev", TcAttachType::Ingress, attach_type::TCX_INGRESS),
+    ("to_netdev", TcAttachType::Egress, attach_type::TCX_EGRESS),
+];
+
+/// A pair of programs for one interface.
+pub type Programs = [(&'static str, TcAttachType, u32); 2];
+
+/// The programs that an interface gets.
+pub const fn programs(entry: &DeviceEntry) -> Option<&'static Programs> {
+    if entry.flags & DeviceEntry::PLAIN != 0 {
+        None
+    } else if entry.flags & DeviceEntry::NETDEV != 0 {
+        Some(&NETDEV_PROGRAMS)
+    } else {
+        Some(&POD_PROGRAMS)
+    }
+}
 
 /// Programs of the root cgroup, with `enum bpf_attach_type`.
 pub const CGROUP_PROGRAMS: [(&str, u32); 8] = [
@@ -83,16 +105,20 @@ fn classifier<'a>(ebpf: &'a mut Ebpf, program: &'static str) -> Result<&'a mut S
     found.try_into().map_err(|source| Error::Program { program, source })
 }
 
-/// Attaches both programs of a pod interface, or swaps those that are there.
-pub fn attach_pod(ebpf: &mut Ebpf, pins: &Pins, way: Way, ifindex: u32) -> Result<(), Error> {
+/// Attaches both programs of an interface, or swaps those that are there.
+pub fn attach(ebpf: &mut Ebpf, pins: &Pins, way: Way, ifindex: u32, programs: &Programs) -> Result<(), Error> {
     // Programs of the other way, from before --attach was changed: both together would translate twice. This is the one
     // moment in which something is detached first.
     if way == Way::Clsact {
-        detach_pod_tcx(pins, ifindex)?;
-        return attach_pod_clsact(ebpf, pins, ifindex);
+        detach_tcx(pins, ifindex, &POD_PROGRAMS)?;
+        detach_tcx(pins, ifindex, &NETDEV_PROGRAMS)?;
+        return attach_clsact(ebpf, pins, ifindex, programs);
     }
-    detach_pod_clsact(pins, ifindex)?;
-    for (program, _, attach_type) in POD_PROGRAMS {
+    detach_clsact(pins, ifindex)?;
+    // An interface index that has become another kind of interface.
+    let other = if programs[0].0 == POD_PROGRAMS[0].0 { &NETDEV_PROGRAMS } else { &POD_PROGRAMS };
+    detach_tcx(pins, ifindex, other)?;
+    for (program, _, attach_type) in *programs {
         let fd = classifier(ebpf, program)?.fd().map_err(|source| Error::Program { program, source })?;
         let pin = LinkPin::Tcx(program.to_owned(), ifindex);
         if swap(pins, &pin, fd.as_fd())? {
@@ -132,7 +158,7 @@ fn pin_link(link: &OwnedFd, path: &Path) -> Result<(), Error> {
     sysbpf::obj_pin(link.as_fd(), path).map_err(|source| Error::Pin { path: path.to_owned(), source })
 }
 
-fn attach_pod_clsact(ebpf: &mut Ebpf, pins: &Pins, ifindex: u32) -> Result<(), Error> {
+fn attach_clsact(ebpf: &mut Ebpf, pins: &Pins, ifindex: u32, programs: &Programs) -> Result<(), Error> {
     let name = interface_name(ifindex)?;
     let mark = pins.link(&LinkPin::Clsact(ifindex));
     let attached = mark.exists();
@@ -146,7 +172,7 @@ fn attach_pod_clsact(ebpf: &mut Ebpf, pins: &Pins, ifindex: u32) -> Result<(), E
         Err(TcError::NetlinkError(e)) if e.raw_os_error() == Some(libc::EEXIST) => {}
         Err(e) => return Err(Error::Attach { program: "clsact", target: name, source: std::io::Error::other(e) }),
     }
-    for (program, direction, _) in POD_PROGRAMS {
+    for (program, direction, _) in *programs {
         let classifier = classifier(ebpf, program)?;
         // The mark is made first and may be all that there is: an agent can be killed at any point.
         let id = if attached {
@@ -183,17 +209,18 @@ fn replace_filter(
     classifier.attach_to_link(link)
 }
 
-/// Detaches the programs of a pod interface, which may be gone already.
-pub fn detach_pod(pins: &Pins, ifindex: u32) -> Result<(), Error> {
-    detach_pod_tcx(pins, ifindex)?;
-    detach_pod_clsact(pins, ifindex)
+/// Detaches our programs from an interface, which may be gone already.
+pub fn detach(pins: &Pins, ifindex: u32) -> Result<(), Error> {
+    detach_tcx(pins, ifindex, &POD_PROGRAMS)?;
+    detach_tcx(pins, ifindex, &NETDEV_PROGRAMS)?;
+    detach_clsact(pins, ifindex)
 }
 
-fn detach_pod_tcx(pins: &Pins, ifindex: u32) -> Result<(), Error> {
-    POD_PROGRAMS.iter().try_for_each(|(program, ..)| pins.remove_link(&LinkPin::Tcx((*program).to_owned(), ifindex)))
+fn detach_tcx(pins: &Pins, ifindex: u32, programs: &Programs) -> Result<(), Error> {
+    programs.iter().try_for_each(|(program, ..)| pins.remove_link(&LinkPin::Tcx((*program).to_owned(), ifindex)))
 }
 
-fn detach_pod_clsact(pins: &Pins, ifindex: u32) -> Result<(), Error> {
+fn detach_clsact(pins: &Pins, ifindex: u32) -> Result<(), Error> {
     let mark = LinkPin::Clsact(ifindex);
     if !pins.link(&mark).exists() {
         return Ok(());

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use proxy_abi::MacBytes;
 
 use super::wire::{Address, Link, Route};
 
@@ -189,7 +190,15 @@ impl Host {
     }
 }
 
+/// Tunnels whose packets begin with their IP header: the programs look for an Ethernet header first.
+const WITHOUT_ETHERNET: [&str; 9] = ["wireguard", "ipip", "sit", "gre", "ip6tnl", "ip6gre", "vti", "vti6", "xfrm"];
+
 impl Link {
+    /// Do its packets have an Ethernet header?
+    pub fn is_ethernet(&self) -> bool {
+        self.mac != MacBytes::default() && !WITHOUT_ETHERNET.contains(&&*self.kind)
+    }
+
     /// The other end of the pair is in a network namespace that has an id in ours.
     pub fn is_veth_to_another_namespace(&self) -> bool {
         &*self.kind == "veth" && self.peer.is_some() && self.peer_nsid.is_some()

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use proxy_core::diagnostic::{Diagnostic, Severity};
-use proxy_core::event::{Event, Listing, PodLink, Source};
+use proxy_core::event::{Event, Listing, NetDevice, PodLink, Source};
 
 use super::binding::Refusal;
 
@@ -12,6 +12,7 @@ use super::binding::Refusal;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Report {
     links: BTreeMap<u32, PodLink>,
+    devices: BTreeMap<u32, NetDevice>,
     findings: BTreeMap<String, Vec<Diagnostic>>,
 }
 
@@ -23,9 +24,11 @@ impl Report {
     pub(super) fn update(
         &mut self,
         links: BTreeMap<u32, PodLink>,
+        devices: BTreeMap<u32, NetDevice>,
         findings: BTreeMap<String, Vec<Diagnostic>>,
     ) -> Vec<Event> {
         let mut events = Vec::new();
+        events.extend(self.devices.keys().filter(|index| !devices.contains_key(index)).copied().map(Event::DeviceGone));
         events.extend(self.links.keys().filter(|index| !links.contains_key(index)).copied().map(Event::LinkGone));
         let mut told: BTreeMap<u32, PodLink> = BTreeMap::new();
         for (index, old) in &self.links {
@@ -42,6 +45,8 @@ impl Report {
                 events.push(Event::Link(new.clone()));
             }
         }
+        let changed = devices.iter().filter(|(index, device)| self.devices.get(index) != Some(device));
+        events.extend(changed.map(|(_, device)| Event::Device(device.clone())));
         let objects: BTreeSet<_> = self.findings.keys().chain(findings.keys()).collect();
         for object in objects {
             let new = findings.get(object);
@@ -50,13 +55,13 @@ impl Report {
                 events.push(Event::Diagnostics { object: object.clone(), findings });
             }
         }
-        (self.links, self.findings) = (links, findings);
+        (self.links, self.devices, self.findings) = (links, devices, findings);
         events
     }
 
     /// The event that ends a full listing.
     pub(super) fn listed(&self) -> Event {
-        Event::Listed(Source::Links, Listing::Links(self.links.keys().copied().collect()))
+        Event::Listed(Source::Links, Listing::Links(self.links.keys().chain(self.devices.keys()).copied().collect()))
     }
 }
 
@@ -119,6 +124,7 @@ mod tests {
             addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
             gateways: vec![],
             path: LinkPath::Redirect,
+            mtu: 1500,
         }
     }
 
@@ -131,14 +137,14 @@ mod tests {
         let mut report = Report::default();
         let now = links(&[(5, &["10.0.0.5"]), (6, &[])]);
         assert_eq!(
-            report.update(now.clone(), BTreeMap::new()),
+            report.update(now.clone(), BTreeMap::new(), BTreeMap::new()),
             [Event::Link(link(5, &["10.0.0.5"])), Event::Link(link(6, &[]))]
         );
-        assert_eq!(report.update(now, BTreeMap::new()), []);
+        assert_eq!(report.update(now, BTreeMap::new(), BTreeMap::new()), []);
         assert_eq!(report.listed(), Event::Listed(Source::Links, Listing::Links(BTreeSet::from([5, 6]))));
         let switched = PodLink { path: LinkPath::Switch, ..link(5, &["10.0.0.5"]) };
         assert_eq!(
-            report.update(BTreeMap::from([(5, switched.clone())]), BTreeMap::new()),
+            report.update(BTreeMap::from([(5, switched.clone())]), BTreeMap::new(), BTreeMap::new()),
             [Event::LinkGone(6), Event::Link(switched)]
         );
     }
@@ -146,9 +152,9 @@ mod tests {
     #[test]
     fn what_is_given_up_goes_before_what_is_taken() {
         let mut report = Report::default();
-        report.update(links(&[(5, &["10.0.0.5", "fd00::5"]), (6, &["10.0.0.6"])]), BTreeMap::new());
+        report.update(links(&[(5, &["10.0.0.5", "fd00::5"]), (6, &["10.0.0.6"])]), BTreeMap::new(), BTreeMap::new());
         assert_eq!(
-            report.update(links(&[(5, &["10.0.0.6", "fd00::5"]), (6, &["10.0.0.5"])]), BTreeMap::new()),
+            report.update(links(&[(5, &["10.0.0.6", "fd00::5"]), (6, &["10.0.0.5"])]), BTreeMap::new(), BTreeMap::new()),
             [
                 Event::Link(link(5, &["fd00::5"])),
                 Event::Link(link(6, &[])),
@@ -157,9 +163,38 @@ mod tests {
             ]
         );
         assert_eq!(
-            report.update(links(&[(5, &["fd00::5"]), (6, &["10.0.0.5", "10.0.0.6"])]), BTreeMap::new()),
+            report.update(links(&[(5, &["fd00::5"]), (6, &["10.0.0.5", "10.0.0.6"])]), BTreeMap::new(), BTreeMap::new()),
             [Event::Link(link(5, &["fd00::5"])), Event::Link(link(6, &["10.0.0.5", "10.0.0.6"]))]
         );
+    }
+
+    #[test]
+    fn other_interfaces_come_change_and_go() {
+        let device = |ifindex: u32, addresses: &[&str]| NetDevice {
+            ifindex,
+            name: format!("eth{ifindex}").into(),
+            mac: MacBytes([2, 0, 0, 0, 0, 9]),
+            mtu: 1500,
+            addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+            attach: true,
+            pod_bridge: false,
+        };
+        let mut report = Report::default();
+        let mut update = |devices: &[NetDevice], links: &[(u32, &[&str])]| {
+            let devices = devices.iter().map(|device| (device.ifindex, device.clone())).collect();
+            let links: BTreeMap<u32, PodLink> = links.iter().map(|(i, a)| (*i, link(*i, a))).collect();
+            (report.update(links, devices, BTreeMap::new()), report.listed())
+        };
+        let listed = |indices: &[u32]| {
+            Event::Listed(Source::Links, Listing::Links(indices.iter().copied().collect()))
+        };
+        let (two, three) = (device(2, &["192.0.2.2"]), device(3, &[]));
+        let both = vec![Event::Device(two.clone()), Event::Device(three.clone())];
+        assert_eq!(update(&[two.clone(), three.clone()], &[]), (both, listed(&[2, 3])));
+        assert_eq!(update(&[two.clone(), three.clone()], &[]), (vec![], listed(&[2, 3])));
+        let moved = device(2, &["192.0.2.3"]);
+        let events = vec![Event::DeviceGone(3), Event::Link(link(3, &[])), Event::Device(moved.clone())];
+        assert_eq!(update(&[moved], &[(3, &[])]), (events, listed(&[2, 3])), "3 has become a pod's");
     }
 
     #[test]
@@ -174,9 +209,9 @@ mod tests {
         );
         let findings = BTreeMap::from([(object("veth5"), vec![finding.clone()])]);
         let told = Event::Diagnostics { object: "Link veth5".into(), findings: vec![finding] };
-        assert_eq!(report.update(BTreeMap::new(), findings.clone()), [told]);
-        assert_eq!(report.update(BTreeMap::new(), findings), []);
+        assert_eq!(report.update(BTreeMap::new(), BTreeMap::new(), findings.clone()), [told]);
+        assert_eq!(report.update(BTreeMap::new(), BTreeMap::new(), findings), []);
         let well = Event::Diagnostics { object: "Link veth5".into(), findings: vec![] };
-        assert_eq!(report.update(BTreeMap::new(), BTreeMap::new()), [well]);
+        assert_eq!(report.update(BTreeMap::new(), BTreeMap::new(), BTreeMap::new()), [well]);
     }
 }

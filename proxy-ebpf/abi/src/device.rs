@@ -5,7 +5,7 @@
 //!   pod's veth    the pod's             the bridge's                the pod's    the bridge's    REDIRECT, SWITCH
 //!   uplink ...    source of what is     unspecified                 its own      its own         NETDEV
 //!                 masqueraded there
-//!   bridge ...    the same              unspecified                 its own      its own         none
+//!   bridge ...    the same              unspecified                 its own      its own         PLAIN
 //! ```
 
 use crate::{IpBytes, MacBytes};
@@ -64,4 +64,6 @@ impl DeviceEntry {
     pub const SWITCH: u32 = 2;
     /// Not a pod's: an uplink or tunnel with `from_netdev` and `to_netdev`.
     pub const NETDEV: u32 = 4;
+    /// Not a pod's, and without programs: a bridge, whose addresses are what counts.
+    pub const PLAIN: u32 = 8;
 }

@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers;
 use proxy_abi::{FlowEntry, FlowKey, IpBytes, MacBytes, Proto, Tuple};
 use proxy_ebpf::packet::{self, Extensions, Family, Fragment, OFFSET_MASK, Packet, Parsed};
-use proxy_ebpf::rewrite;
+use proxy_ebpf::{rewrite, sctp};
 
 /// A packet at a tc hook.
 #[derive(Clone, Copy)]
@@ -52,6 +52,13 @@ impl Skb {
         unsafe { (*self.0).ifindex }
     }
 
+    /// Is it a super-packet, which is cut into segments later?
+    #[inline(always)]
+    pub(crate) fn is_gso(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0).gso_size != 0 }
+    }
+
     /// Makes the first `len` bytes readable and writable by direct access.
     #[inline(always)]
     pub(crate) fn pull(&self, len: u32) {
@@ -73,14 +80,14 @@ impl Skb {
     }
 
     #[inline(always)]
-    fn read<T: Copy>(&self, offset: usize) -> Option<T> {
+    pub(crate) fn read<T: Copy>(&self, offset: usize) -> Option<T> {
         // SAFETY: `at` checked that the whole of it lies in the packet. The kernel allows unaligned access where the
         // machine does, and packet fields are aligned with the network header.
         self.at::<T>(offset).map(|p| unsafe { *p })
     }
 
     #[inline(always)]
-    fn write<T: Copy>(&self, offset: usize, value: T) -> Option<()> {
+    pub(crate) fn write<T: Copy>(&self, offset: usize, value: T) -> Option<()> {
         let p = self.at::<T>(offset)?;
         // SAFETY: as in `read`; the kernel unshares the head of the packet before a program that writes runs.
         unsafe { *p = value };
@@ -101,7 +108,7 @@ impl Skb {
 
     /// Writes an address at an offset: the last word for IPv4, all four for IPv6.
     #[inline(always)]
-    fn write_ip<F: Family>(&self, offset: usize, ip: &IpBytes) -> Option<()> {
+    pub(crate) fn write_ip<F: Family>(&self, offset: usize, ip: &IpBytes) -> Option<()> {
         if F::HEADER_CHECKSUM.is_some() {
             return self.write(offset, ip.v4_word());
         }
@@ -131,6 +138,10 @@ impl Skb {
             return Some(());
         }
         let l4 = parsed.l4 as usize & OFFSET_MASK;
+        if parsed.proto == Proto::SCTP {
+            sctp_ports(self.0, l4 as u32, rewrite::ports_word(new.src_port, new.dst_port));
+            return Some(());
+        }
         let (field, zero_stays) = if parsed.proto == Proto::TCP {
             (l4 + 16, 0)
         } else {
@@ -161,6 +172,26 @@ impl Skb {
         }
         Some(())
     }
+}
+
+/// Writes the ports of an SCTP packet and its checksum, which covers no address.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn sctp_ports(skb: *mut __sk_buff, l4: u32, new: u32) -> u32 {
+    let skb = Skb(skb);
+    let l4 = l4 as usize & OFFSET_MASK;
+    let (Some(old), Some(field)) = (skb.read::<u32>(l4), skb.read::<u32>(l4 + 8)) else { return 0 };
+    // By the IP header: a short frame has padding behind the packet. Total length, or payload length.
+    let end = if skb.ethertype() == packet::V4::ETHERTYPE {
+        skb.read::<u16>(packet::ETH_LEN + 2).map(|total| packet::ETH_LEN as u32 + u32::from(u16::from_be(total)))
+    } else {
+        skb.read::<u16>(packet::ETH_LEN + 4).map(|rest| packet::ETH_LEN as u32 + 40 + u32::from(u16::from_be(rest)))
+    };
+    let Some(end) = end else { return 0 };
+    let length = end.wrapping_sub(l4 as u32) as u16;
+    skb.write(l4, new);
+    skb.write(l4 + 8, sctp::checksum(field, old ^ new, length));
+    0
 }
 
 impl Packet for Skb {

@@ -6,6 +6,8 @@
 //!   pod ──▶ veth  from_pod ─▶ redirect ─▶ to_pod  veth ──▶ pod        same node, through a Service
 //!             │       └──▶ bridge / IP stack ──▶ ...                  everything else
 //!   pod ◀── veth  to_pod ◀── bridge / IP stack ◀── ...
+//!   outside ──▶ uplink  from_netdev ─▶ redirect ─▶ to_pod  veth ──▶ pod      NodePort, load balancer
+//!   outside ◀── uplink  to_netdev ◀── IP stack ◀── ...
 //!   node process ── connect, sendmsg, recvmsg, getpeername            sockets of the node's own namespace
 //! ```
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
@@ -19,6 +21,14 @@ mod ctx;
 mod exit;
 #[cfg(target_arch = "bpf")]
 mod flow;
+#[cfg(target_arch = "bpf")]
+mod frontend;
+#[cfg(target_arch = "bpf")]
+mod icmp;
+#[cfg(target_arch = "bpf")]
+mod refuse;
+#[cfg(target_arch = "bpf")]
+mod route;
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
@@ -47,6 +57,18 @@ mod programs {
     #[classifier]
     fn to_pod(ctx: TcContext) -> i32 {
         tc::run(ctx.skb.skb, Hook::ToPod)
+    }
+
+    /// What comes to the node: ingress of an uplink or tunnel.
+    #[classifier]
+    fn from_netdev(ctx: TcContext) -> i32 {
+        tc::run(ctx.skb.skb, Hook::FromNetdev)
+    }
+
+    /// What leaves the node: egress of an uplink or tunnel.
+    #[classifier]
+    fn to_netdev(ctx: TcContext) -> i32 {
+        tc::run(ctx.skb.skb, Hook::ToNetdev)
     }
 
     /// TCP and connected UDP, IPv4.

@@ -1,55 +1,27 @@
 //! The first packet of a flow: which backend, under which tuple, on which path.
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use aya_ebpf::helpers::bpf_get_prandom_u32;
+use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST};
 use proxy_abi::flow::{provenance, state};
 use proxy_abi::{
-    BackendEntry, DeviceEntry, FlowEntry, FlowKey, FrontendEntry, FrontendKey, Hook, IpBytes, MacBytes, Proto, Reason,
-    Stamp, Work,
+    DeviceEntry, FlowEntry, FlowKey, FrontendEntry, MacBytes, Proto, Reason, Stamp, Work,
 };
 use proxy_ebpf::packet::Parsed;
 use proxy_ebpf::{balance, conntrack};
 
-use crate::ctx::{copy, copy_flow, copy_mac, forget, write_key};
-use crate::exit::count;
+use crate::ctx::{Skb, copy, copy_flow, copy_mac, forget, write_key};
+use crate::frontend::{self, choose, random, serves};
+use crate::maps::{DEVICE, FLOW_BRIEF, FLOW_LIVE, LOCAL_POD};
+use crate::route::{self, found};
 use crate::flow;
-use crate::maps::{BACKEND, BACKEND_SLOT, DEVICE, FLOW_BRIEF, FLOW_LIVE, FRONTEND, LOCAL_POD};
 
 /// What inserting with BPF_NOEXIST says about a key that is there.
 const EEXIST: i32 = -17;
 
+/// How long the source port of a masqueraded flow that has ended rests, as long as others are free.
+const RESTING: u64 = 60 * conntrack::SECOND;
+
 /// How long a handshake that gets no further stands in the way of another flow.
 const HANDSHAKE: u64 = 60 * conntrack::SECOND;
-
-#[inline(always)]
-pub(crate) fn random() -> u32 {
-    // SAFETY: no arguments.
-    unsafe { bpf_get_prandom_u32() }
-}
-
-/// The frontend that a packet from the cluster asks for.
-#[inline(always)]
-pub(crate) fn frontend(ip: &IpBytes, port: proxy_abi::PortBe, proto: Proto) -> Option<*const FrontendEntry> {
-    FRONTEND.get_ptr(&FrontendKey { ip: *ip, port, proto, scope: FrontendKey::SCOPE_CLUSTER })
-}
-
-/// A backend that serves, by chance; with its id.
-#[inline(always)]
-pub(crate) fn choose(entry: &FrontendEntry) -> Result<(u32, &'static BackendEntry), Reason> {
-    let slot = balance::pick(random(), entry.count).ok_or(Reason::NoBackend)?;
-    let id = *BACKEND_SLOT.get(entry.first.wrapping_add(slot)).ok_or(Reason::BackendMissing)?;
-    let backend = BACKEND.get(id).ok_or(Reason::BackendMissing)?;
-    if backend.generation == 0 {
-        return Err(Reason::BackendMissing);
-    }
-    Ok((id, backend))
-}
-
-/// Does the backend that a flow was made with still serve?
-#[inline(always)]
-pub(crate) fn serves(backend: u32, generation: u32) -> bool {
-    BACKEND.get(backend).is_some_and(|b| b.generation == generation)
-}
 
 /// What the functions below are told of a packet, as one number.
 #[derive(Clone, Copy)]
@@ -60,6 +32,10 @@ impl Meta {
     pub(crate) const REPLACE: u32 = 1 << 24;
     /// It comes from a pod.
     pub(crate) const FROM_POD: u32 = 1 << 25;
+    /// It comes from outside, at an interface of the node.
+    pub(crate) const FROM_NETDEV: u32 = 1 << 26;
+    /// Its source becomes an address of the node.
+    pub(crate) const MASQUERADE: u32 = 1 << 27;
 
     #[inline(always)]
     pub(crate) fn new(parsed: &Parsed, flags: u32) -> Self {
@@ -109,6 +85,15 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
         entry.initiator_slot = device.slot;
         entry.responder_slot = 0;
         entry.provenance = provenance::POD;
+    } else if meta.is(Meta::FROM_NETDEV) {
+        entry.flags |= FlowEntry::OUTSIDE;
+        entry.initiator_ifindex = 0;
+        entry.responder_ifindex = 0;
+        copy_mac(&mut entry.initiator_mac, &NOBODY);
+        copy_mac(&mut entry.responder_mac, &NOBODY);
+        entry.initiator_slot = 0;
+        entry.responder_slot = 0;
+        entry.provenance = provenance::OUTSIDE;
     } else {
         entry.initiator_ifindex = 0;
         entry.responder_ifindex = ifindex;
@@ -123,11 +108,16 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
 /// May a new flow take the key of this one, which is not in `flow_live`? Yes when it is the same flow's leftover, has
 /// ended, or leads nowhere.
 #[inline(always)]
-fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto) -> bool {
+fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto, eager: bool) -> bool {
     if old.original.is(&new.original) {
         return true;
     }
     let idle = new.last_seen.saturating_sub(old.last_seen);
+    if !eager && old.flags & FlowEntry::MASQUERADED != 0 && idle < RESTING {
+        // Its backend may hold the connection in TIME_WAIT: rather another port. It would take a SYN with a later
+        // sequence number or time stamp (RFC 9293 §3.6.1, RFC 7323 §5), which another client's need not have.
+        return false;
+    }
     if conntrack::is_live(old.state) {
         // Established, but in no other table: `flow_live` had no room; or it is being moved there this very moment; or
         // it was removed from there, and this is what was left behind.
@@ -145,7 +135,7 @@ fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto) -> bool {
 /// Takes the key of the translated tuple for the flow in `work`, or tells that another flow has it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn service_reserve(work: *mut Work, proto_family: u32) -> u32 {
+extern "C" fn service_reserve(work: *mut Work, proto_family: u32, attempt: u32) -> u32 {
     let proto = Proto(proto_family as u8);
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
@@ -156,7 +146,7 @@ extern "C" fn service_reserve(work: *mut Work, proto_family: u32) -> u32 {
             reason = Reason::ServiceNew;
         } else if let Some(old) = FLOW_BRIEF.get_ptr(&work.key) {
             // SAFETY: a pointer into a map that was just found.
-            if gives_way(unsafe { &*old }, &work.entry, proto) {
+            if gives_way(unsafe { &*old }, &work.entry, proto, attempt >= balance::EAGER) {
                 let taken = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY)).is_ok();
                 reason = if taken { Reason::ServiceNew } else { Reason::FlowTableFull };
             }
@@ -178,13 +168,19 @@ pub(crate) fn reason(work: *const Work) -> u32 {
 /// Chooses a backend for the flow in `work`, and with it the path. 0: none, with the reason in `work`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn service_backend(work: *mut Work, frontend: *const FrontendEntry, device: *const DeviceEntry) -> u32 {
+extern "C" fn service_backend(
+    skb: *mut __sk_buff,
+    work: *mut Work,
+    frontend: *const FrontendEntry,
+    device: *const DeviceEntry,
+    meta: u32,
+) -> u32 {
     // SAFETY: this CPU's entry of the map `work`, and pointers into maps that were just found.
     let (Some(work), Some(frontend), Some(device)) = (unsafe { (work.as_mut(), frontend.as_ref(), device.as_ref()) })
     else {
         return 0;
     };
-    match choose(frontend) {
+    match choose(frontend, &work.entry.original.src) {
         Ok((id, backend)) => {
             let entry = &mut work.entry;
             entry.backend = id;
@@ -192,8 +188,8 @@ extern "C" fn service_backend(work: *mut Work, frontend: *const FrontendEntry, d
             copy(&mut entry.translated.dst, &backend.ip);
             entry.translated.dst_port = backend.port;
             copy(&mut entry.translated.src, &entry.original.src);
-            path(entry, device);
-            1
+            entry.translated.src_port = entry.original.src_port;
+            service_path(skb, work, device, meta)
         }
         Err(why) => {
             work.reason = why as u32;
@@ -208,10 +204,10 @@ extern "C" fn service_backend(work: *mut Work, frontend: *const FrontendEntry, d
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn service_open(
+    skb: *mut __sk_buff,
     work: *mut Work,
     frontend: *const FrontendEntry,
     device: *const DeviceEntry,
-    ifindex: u32,
     meta: u32,
 ) -> u32 {
     // SAFETY: as in `service_backend`.
@@ -220,12 +216,12 @@ pub(crate) extern "C" fn service_open(
         return 0;
     };
     let meta = Meta(meta);
-    begin(&mut work.entry, meta, device, ifindex);
+    begin(&mut work.entry, meta, device, Skb(skb).ifindex());
     work.entry.service = frontend.service;
     let mut found = 0;
     for attempt in 0..balance::BACKEND_TRIES + balance::PORT_TRIES {
         if attempt < balance::BACKEND_TRIES {
-            if service_backend(work, frontend, device) == 0 {
+            if service_backend(skb, work, frontend, device, meta.0) == 0 {
                 continue;
             }
             found = forget(1);
@@ -233,10 +229,14 @@ pub(crate) extern "C" fn service_open(
             if found == 0 {
                 break;
             }
-            work.entry.translated.src_port = balance::source_port(random());
+            work.entry.translated.src_port = if work.entry.flags & FlowEntry::MASQUERADED == 0 {
+                balance::source_port(random())
+            } else {
+                balance::masquerade_port(random())
+            };
         }
         work.entry.flags = work.entry.flags & !FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED;
-        service_reserve(work, u32::from(meta.proto_family()));
+        service_reserve(work, u32::from(meta.proto_family()), attempt);
         if reason(work) == Reason::ServiceNew as u32 {
             break;
         }
@@ -272,49 +272,112 @@ extern "C" fn service_finish(work: *mut Work, proto_family: u32, side: u32, mode
         }
         Err(_) => work.reason = Reason::FlowTableFull as u32,
     }
-    if work.entry.translated.src_port != work.entry.original.src_port {
-        count(Hook::FromPod, Reason::PortRemapped, 0);
-    }
     0
 }
 
-/// Which way the packets of a flow take, and so where replies are translated back.
-#[inline(always)]
-fn path(out: &mut FlowEntry, device: &DeviceEntry) {
-    out.flags &= !(FlowEntry::REDIRECT | FlowEntry::SWITCH | FlowEntry::HAIRPIN);
-    out.responder_ifindex = 0;
-    out.responder_slot = 0;
-    let Some(pod) = LOCAL_POD.get_ptr(&out.translated.dst) else {
-        // Not a pod of this node: the stack routes there and back.
-        return;
+/// Which way the packets of a flow take, and so where replies are translated back; with it, the source that the backend
+/// sees. 0: there is no way, with the reason in `work`.
+///
+/// ```text
+///   backend            source kept                              source masqueraded
+///   initiator itself   –                                        bridge's address; back into the same veth
+///   pod of this node   veth to veth, or bridge, or stack        bridge's address; into the veth, or by the route
+///   the node itself    stack                                    stack, source kept: it never leaves the node
+///   anywhere else      stack                                    address of the outgoing interface; by the route
+/// ```
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn service_path(skb: *mut __sk_buff, work: *mut Work, device: *const DeviceEntry, meta: u32) -> u32 {
+    const PATH: u16 = FlowEntry::REDIRECT
+        | FlowEntry::SWITCH
+        | FlowEntry::HAIRPIN
+        | FlowEntry::ROUTED
+        | FlowEntry::MASQUERADED;
+    // SAFETY: as in `service_backend`.
+    let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
+    let meta = Meta(meta);
+    work.entry.flags &= !PATH;
+    work.entry.responder_ifindex = 0;
+    work.entry.responder_slot = 0;
+    let v4 = work.entry.original.src.is_v4();
+    if let Some(pod) = LOCAL_POD.get_ptr(&work.entry.translated.dst) {
+        // SAFETY: a pointer into a map that was just found.
+        let pod = unsafe { &*pod };
+        copy_mac(&mut work.entry.responder_mac, &pod.mac);
+        work.entry.responder_slot = pod.slot;
+        // A pod that reaches itself must see another address than its own, or its stack would take the answer for its
+        // own packet. kube-proxy's masquerade shows it the bridge's address, so do we.
+        let itself = pod.ifindex == work.entry.initiator_ifindex;
+        if itself || meta.is(Meta::MASQUERADE) {
+            let Some(other) = DEVICE.get_ptr(&pod.ifindex) else {
+                work.reason = Reason::NoRoute as u32;
+                return 0;
+            };
+            // SAFETY: a pointer into a map that was just found.
+            let other = unsafe { &*other };
+            let gateway = if v4 { &other.gateway_ip4 } else { &other.gateway_ip6 };
+            if route::is_none(gateway) {
+                work.reason = Reason::NoRoute as u32;
+                // Without another address a pod cannot reach itself; it never could.
+                return u32::from(itself && !meta.is(Meta::MASQUERADE));
+            }
+            copy(&mut work.entry.translated.src, gateway);
+            work.entry.translated.src_port = balance::masquerade_port(random());
+            work.entry.flags |= FlowEntry::REDIRECT | FlowEntry::MASQUERADED;
+            if itself {
+                work.entry.flags |= FlowEntry::HAIRPIN;
+            }
+            if itself || pod.flags & DeviceEntry::REDIRECT != 0 {
+                work.entry.responder_ifindex = pod.ifindex;
+            } else {
+                work.entry.flags |= FlowEntry::ROUTED;
+            }
+            return 1;
+        }
+        let both = pod.flags & if meta.is(Meta::FROM_POD) { device.flags } else { DeviceEntry::REDIRECT };
+        if both & DeviceEntry::REDIRECT != 0 {
+            work.entry.responder_ifindex = pod.ifindex;
+            work.entry.flags |= FlowEntry::REDIRECT;
+        } else if both & DeviceEntry::SWITCH != 0
+            && let Some(other) = DEVICE.get_ptr(&pod.ifindex)
+        {
+            // SAFETY: a pointer into a map that was just found.
+            if device.bridge != 0 && unsafe { (*other).bridge } == device.bridge {
+                work.entry.flags |= FlowEntry::SWITCH;
+            }
+        }
+        return 1;
+    }
+    if !meta.is(Meta::MASQUERADE) || frontend::address(&work.entry.translated.dst) & FrontendEntry::ADDRESS_NODE != 0 {
+        return 1;
+    }
+    let proto = u32::from(meta.proto().0);
+    // The route decides which address the packet gets; its source is still the client's.
+    let ifindex = incoming(skb, device);
+    if route::look_up(skb, work, false, ifindex, proto) == found::NONE {
+        work.reason = Reason::NoRoute as u32;
+        return 0;
+    }
+    let Some(out) = DEVICE.get_ptr(&route::interface(work)) else {
+        work.reason = Reason::NoRoute as u32;
+        return 0;
     };
     // SAFETY: a pointer into a map that was just found.
-    let pod = unsafe { &*pod };
-    copy_mac(&mut out.responder_mac, &pod.mac);
-    out.responder_slot = pod.slot;
-    if pod.ifindex == out.initiator_ifindex {
-        // A pod that reaches itself: it must see another address than its own, or its stack would take the answer for
-        // its own packet. kube-proxy's masquerade shows it the bridge's address, so do we.
-        let gateway = if out.original.src.is_v4() { &device.gateway_ip4 } else { &device.gateway_ip6 };
-        if gateway.halves() != (0, 0) {
-            copy(&mut out.translated.src, gateway);
-            out.responder_ifindex = pod.ifindex;
-            out.flags |= FlowEntry::REDIRECT | FlowEntry::HAIRPIN;
-        }
-        return;
+    let source = unsafe { if v4 { &(*out).ip4 } else { &(*out).ip6 } };
+    if route::is_none(source) {
+        work.reason = Reason::NoRoute as u32;
+        return 0;
     }
-    let both = device.flags & pod.flags;
-    if both & DeviceEntry::REDIRECT != 0 {
-        out.responder_ifindex = pod.ifindex;
-        out.flags |= FlowEntry::REDIRECT;
-    } else if both & DeviceEntry::SWITCH != 0
-        && let Some(other) = DEVICE.get_ptr(&pod.ifindex)
-    {
-        // SAFETY: a pointer into a map that was just found.
-        if device.bridge != 0 && unsafe { (*other).bridge } == device.bridge {
-            out.flags |= FlowEntry::SWITCH;
-        }
-    }
+    copy(&mut work.entry.translated.src, source);
+    work.entry.translated.src_port = balance::masquerade_port(random());
+    work.entry.flags |= FlowEntry::REDIRECT | FlowEntry::ROUTED | FlowEntry::MASQUERADED;
+    1
+}
+
+/// The interface that a packet would come into the IP stack by: a pod's does so by its bridge.
+#[inline(always)]
+pub(crate) fn incoming(skb: *mut __sk_buff, device: &DeviceEntry) -> u32 {
+    if device.bridge != 0 { device.bridge } else { Skb(skb).ifindex() }
 }
 
 /// Makes the flow of a first packet that no Service is part of, whose tuple is in `work`. The reason is in `work`.
@@ -356,10 +419,10 @@ pub(crate) extern "C" fn service_open_beside(
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
     begin(&mut work.entry, meta, device, ifindex);
-    for _ in 0..balance::PORT_TRIES {
+    for attempt in 0..balance::PORT_TRIES {
         work.entry.translated.src_port = balance::source_port(random());
         work.entry.flags = FlowEntry::KEY_TRANSLATED | FlowEntry::INITIATOR_SIDE;
-        service_reserve(work, u32::from(meta.proto_family()));
+        service_reserve(work, u32::from(meta.proto_family()), attempt);
         if reason(work) == Reason::ServiceNew as u32 {
             work.reason = Reason::DirectNew as u32;
             service_finish(work, u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_INITIATOR), BPF_ANY);

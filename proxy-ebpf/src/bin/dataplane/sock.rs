@@ -6,13 +6,17 @@
 use aya_ebpf::bindings::{BPF_ANY, bpf_sock_addr};
 use aya_ebpf::helpers;
 use core::ffi::c_void;
-use proxy_abi::{Hook, IpBytes, PortBe, Proto, Reason, SocketEntry, SocketKey};
+use proxy_abi::{
+    FrontendEntry, FrontendKey, Hook, IpBytes, PortBe, PrefixKey, Proto, Reason, SocketEntry, SocketKey,
+};
 use proxy_ebpf::balance;
 use proxy_ebpf::packet::Family;
 
 use crate::exit::{self, Outcome};
-use crate::maps::{NETNS_COOKIE, SOCKET};
-use crate::service;
+use crate::frontend;
+use crate::maps::{NETNS_COOKIE, SET_RETVAL, SOCKET};
+
+const ECONNREFUSED: i32 = -111;
 
 /// The address argument of a system call.
 #[derive(Clone, Copy)]
@@ -98,24 +102,44 @@ fn translate<F: Family>(call: Call, remember: bool) -> Outcome {
         return Outcome::pass(Reason::NotThisNode);
     }
     let (ip, port, proto) = (call.ip::<F>(), call.port(), call.proto());
-    let Some(frontend) = service::frontend(&ip, port, proto) else {
-        return Outcome::pass(Reason::NotService);
+    let frontend = match frontend::look_up(&ip, port, proto) {
+        Ok(frontend) => frontend,
+        Err(mark) => {
+            if mark & FrontendEntry::ADDRESS_REJECT != 0 {
+                return refuse::<F>(call, Reason::NoSuchPort);
+            }
+            if mark == 0 && frontend::is_within(&ip, PrefixKey::SERVICE_CIDR) {
+                return Outcome::drop(Reason::Unallocated);
+            }
+            return Outcome::pass(Reason::NotService);
+        }
     };
     // SAFETY: a pointer into a map that was just found.
     let frontend = unsafe { *frontend };
+    if frontend.flags & (FrontendEntry::SOURCE_RANGES | FrontendEntry::NODE_ALLOWED) == FrontendEntry::SOURCE_RANGES {
+        return Outcome::drop(Reason::SourceNotAllowed).of(frontend.service, 0);
+    }
+    if frontend.count == 0 {
+        if frontend.flags & FrontendEntry::DROP_EMPTY != 0 {
+            return Outcome::drop(Reason::NoLocalBackend).of(frontend.service, 0);
+        }
+        return refuse::<F>(call, Reason::NoBackend).of(frontend.service, 0);
+    }
+    // One client among all: the node.
+    let client = FrontendKey::wildcard(F::HEADER_CHECKSUM.is_some());
     let cookie = call.cookie();
     let forward = SocketKey { cookie, ip, port, direction: SocketKey::FORWARD, reserved: 0 };
     if remember && let Some(known) = SOCKET.get_ptr(&forward) {
         // SAFETY: a pointer into a map that was just found.
         let known = unsafe { *known };
-        if service::serves(known.backend, known.generation) {
+        if frontend::serves(known.backend, known.generation) {
             call.set::<F>(&known.ip, known.port);
             return Outcome::pass(Reason::Socket).of(known.service, known.backend);
         }
     }
     let mut why = Reason::NoBackend;
     for _ in 0..balance::BACKEND_TRIES {
-        match service::choose(&frontend) {
+        match frontend::choose(&frontend, &client) {
             Ok((id, backend)) => {
                 let mut other = SocketEntry {
                     ip: backend.ip,
@@ -143,11 +167,26 @@ fn translate<F: Family>(call: Call, remember: bool) -> Outcome {
             }
             Err(reason) => why = reason,
         }
-        if frontend.count == 0 {
-            break;
-        }
     }
     Outcome::drop(why).of(frontend.service, 0)
+}
+
+/// What a connection to a closed port gets. Without `bpf_set_retval` a program can only say EPERM; then the address becomes
+/// one where nobody answers but the kernel, which refuses: port 0 of this node.
+#[inline(always)]
+fn refuse<F: Family>(call: Call, reason: Reason) -> Outcome {
+    if SET_RETVAL.load() != 0 {
+        // SAFETY: sets what the system call returns.
+        unsafe { helpers::bpf_set_retval(ECONNREFUSED) };
+        return Outcome::drop(reason);
+    }
+    let loopback = if F::HEADER_CHECKSUM.is_some() {
+        IpBytes::from_v4_word(u32::from_be(0x7f00_0001))
+    } else {
+        IpBytes([0, 0, 0, u32::from_be(1)])
+    };
+    call.set::<F>(&loopback, PortBe(0));
+    Outcome::pass(reason)
 }
 
 /// `recvmsg()` and `getpeername()`: the Service's address in place of the backend's.

@@ -1,10 +1,10 @@
-//! `from_pod` and `to_pod`: what is looked up, in which order, and what follows from it.
+//! The packet programs: what is looked up, in which order, and what follows from it.
 //!
 //! Each entry of a flow lies under the tuple of one side, its role. With the direction of the packet that gives four
-//! cases, and what each hook does in them:
+//! cases, and what each hook does in them; `from` is `from_pod` or `from_netdev`, `to` is `to_pod` or `to_netdev`:
 //!
 //! ```text
-//!   role, direction       packet      from_pod                         to_pod
+//!   role, direction       packet      from                             to
 //!   original,   forward   C → VIP     translate; redirect or go on     –
 //!   original,   reply     VIP → C     –                                already translated back: go on
 //!   translated, forward   C → B       the same ports, directly: beside already translated: go on
@@ -12,13 +12,14 @@
 //!   both,       any       direct      go on                            go on
 //! ```
 //!
-//! `to_pod` never assumes that `from_pod` ran: the packet may come from the node, from outside or from a veth that is
-//! not programmed.
+//! No program assumes that another one ran: the packet may come from the node, from outside or from a veth that is not
+//! programmed. At the interfaces of the node only flows through Services are followed; all else passes without an entry.
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_redirect;
 use proxy_abi::{
-    DeviceEntry, FlowEntry, FlowKey, FragmentEntry, FrontendEntry, Hook, IpBytes, PortBe, Proto, Reason, Tuple, Work,
+    DeviceEntry, FlowEntry, FlowKey, FragmentEntry, FrontendEntry, Hook, IpBytes, PortBe, PrefixKey, Proto, Reason,
+    Tuple, Work,
 };
 use proxy_ebpf::conntrack::{self, Sender};
 use proxy_ebpf::packet::{self, Family, Fragment, Parsed, V4, V6};
@@ -26,8 +27,9 @@ use proxy_ebpf::packet::{self, Family, Fragment, Parsed, V4, V6};
 use crate::ctx::{Skb, copy, copy_mac, forget, write_key};
 use crate::exit::{self, Outcome, Verdict};
 use crate::maps::{DEVICE, FRAGMENT, WORK};
+use crate::route::found;
 use crate::service::Meta;
-use crate::{flow, service};
+use crate::{flow, frontend, icmp, refuse, route, service};
 
 /// Bytes that are made readable at once: Ethernet, IPv6 with some extension, TCP.
 const HEADERS: u32 = 128;
@@ -40,14 +42,16 @@ mod step {
     pub(super) const DROP: u32 = 1;
     /// Write it as the plan says.
     pub(super) const WRITE: u32 = 2;
+    /// Answer that there is nothing, and drop.
+    pub(super) const REFUSE: u32 = 3;
     /// Make a direct flow.
-    pub(super) const OPEN_DIRECT: u32 = 3;
+    pub(super) const OPEN_DIRECT: u32 = 4;
     /// Make a direct flow in place of an old one.
-    pub(super) const REOPEN_DIRECT: u32 = 4;
+    pub(super) const REOPEN_DIRECT: u32 = 5;
     /// Make a direct flow beside one through a Service.
-    pub(super) const OPEN_BESIDE: u32 = 5;
+    pub(super) const OPEN_BESIDE: u32 = 6;
     /// Make a flow through a Service.
-    pub(super) const OPEN_SERVICE: u32 = 6;
+    pub(super) const OPEN_SERVICE: u32 = 7;
 }
 
 #[inline(always)]
@@ -71,11 +75,17 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
     let Some(device) = DEVICE.get_ptr(&ifindex) else {
         return Outcome::pass(Reason::NoDevice);
     };
+    let comes = matches!(hook, Hook::FromPod | Hook::FromNetdev);
+    let netdev = matches!(hook, Hook::FromNetdev | Hook::ToNetdev);
     skb.pull(HEADERS);
     let mut parsed = match packet::parse::<F, Skb>(&skb) {
         Ok(parsed) => parsed,
         Err(reason) => return Outcome::pass(reason),
     };
+    if parsed.proto == F::ICMP {
+        let (verdict, reason) = icmp::error::<F>(skb, hook, u32::from(parsed.l4), device);
+        return Outcome::numbered(verdict, reason);
+    }
     if parsed.fragment != Fragment::WHOLE {
         let first = u32::from(parsed.fragment == Fragment::FIRST);
         let ports = fragment_ports(&parsed.tuple, parsed.fragment_id, u32::from(parsed.proto.0), first);
@@ -105,30 +115,88 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
         None => (step::OPEN_SERVICE, Reason::ServiceNew),
     };
     let (mut next, mut reason) = (forget(next), forget(reason as u32));
-    let replace = if reason == Reason::ServiceNew as u32 { 0 } else { Meta::REPLACE };
+    let unknown = reason == Reason::ServiceNew as u32;
+    let mut meta = if unknown { 0 } else { Meta::REPLACE };
     if next == step::OPEN_SERVICE {
         next = step::OPEN_DIRECT;
-        if matches!(hook, Hook::FromPod) {
-            frontend = service::frontend(&parsed.tuple.dst, parsed.tuple.dst_port, parsed.proto);
-            if frontend.is_some() {
-                next = step::OPEN_SERVICE;
-            }
+        if netdev && unknown && (!comes || parsed.proto == Proto::TCP && !conntrack::opens(parsed.tcp_flags)) {
+            // Most of what the node itself sends and receives ends here.
+            return Outcome::pass(Reason::NotService);
         }
-        if next == step::OPEN_DIRECT && reason != Reason::ServiceNew as u32 {
+        if comes {
+            let found = ask(&parsed, netdev, plan);
+            frontend = found.0;
+            (next, reason) = (forget(found.1), if unknown { forget(found.2) } else { reason });
+            meta |= if plan.frontend_flags & FrontendEntry::MASQUERADE != 0 { Meta::MASQUERADE } else { 0 };
+        }
+        if next == step::OPEN_DIRECT && !unknown {
             // A flow through a Service that has gone, with its backend.
-            next = step::DROP;
+            next = step::REFUSE;
             reason = Reason::NoBackend as u32;
+        }
+        if next == step::OPEN_DIRECT && netdev {
+            return Outcome::pass(Reason::NotService);
         }
     }
     if next >= step::OPEN_DIRECT {
-        (next, reason) = open(&parsed, device, ifindex, frontend, next, hook, forget(replace), work);
+        (next, reason) = open(skb, &parsed, device, frontend, next, hook, forget(meta), work);
         (next, reason) = (forget(next), forget(reason));
     }
     if next == step::WRITE {
-        return write::<F>(skb, &parsed, device, work, reason);
+        return write::<F>(skb, &parsed, device, work, hook, reason);
+    }
+    if next == step::REFUSE {
+        return refuse::packet::<F>(skb, &parsed, 0, reason).of(plan.service, plan.backend);
     }
     let verdict = if next == step::DROP { Verdict::Drop } else { Verdict::Pass };
     Outcome::numbered(verdict, reason).of(plan.service, plan.backend)
+}
+
+/// The frontend that the first packet of a flow asks for, and what is to become of the packet: step and reason. Leaves
+/// the frontend's flags in `plan`, MASQUERADE among them when this packet's source is to change.
+#[inline(always)]
+fn ask(parsed: &Parsed, netdev: bool, plan: &mut Work) -> (Option<*const FrontendEntry>, u32, u32) {
+    let Tuple { src, dst, dst_port, .. } = &parsed.tuple;
+    let mut found = match frontend::look_up(dst, *dst_port, parsed.proto) {
+        Ok(found) => found,
+        Err(mark) => {
+            if mark & FrontendEntry::ADDRESS_REJECT != 0 {
+                return (None, step::REFUSE, Reason::NoSuchPort as u32);
+            }
+            if mark == 0 && frontend::is_within(dst, PrefixKey::SERVICE_CIDR) {
+                return (None, step::DROP, Reason::Unallocated as u32);
+            }
+            return (None, step::OPEN_DIRECT, Reason::DirectNew as u32);
+        }
+    };
+    // SAFETY: a pointer into a map that was just found; here and below.
+    let mut entry = unsafe { &*found };
+    let special = FrontendEntry::EXTERNAL_SPLIT | FrontendEntry::MASQUERADE_OUTSIDE;
+    let mut flags = forget(entry.flags);
+    if netdev && flags & special != 0 && !frontend::is_within(src, PrefixKey::LOCAL_SOURCE) {
+        if flags & FrontendEntry::MASQUERADE_OUTSIDE != 0 {
+            flags |= FrontendEntry::MASQUERADE;
+        }
+        if flags & FrontendEntry::EXTERNAL_SPLIT != 0
+            && let Some(split) = frontend::from_outside(dst, *dst_port, parsed.proto)
+        {
+            found = split;
+            entry = unsafe { &*found };
+            flags = entry.flags;
+        }
+    }
+    plan.frontend_flags = flags;
+    plan.service = entry.service;
+    if flags & FrontendEntry::SOURCE_RANGES != 0 && !frontend::is_within(src, entry.service) {
+        return (None, step::DROP, Reason::SourceNotAllowed as u32);
+    }
+    if entry.count == 0 {
+        if flags & FrontendEntry::DROP_EMPTY != 0 {
+            return (None, step::DROP, Reason::NoLocalBackend as u32);
+        }
+        return (None, step::REFUSE, Reason::NoBackend as u32);
+    }
+    (Some(found), step::OPEN_SERVICE, Reason::ServiceNew as u32)
 }
 
 /// The ports of a fragmented packet, destination in the upper half: those of the first fragment, which are remembered
@@ -170,6 +238,7 @@ fn known<F: Family>(
     plan: &mut Work,
 ) -> (u32, Reason) {
     let from_pod = matches!(hook, Hook::FromPod);
+    let comes = matches!(hook, Hook::FromPod | Hook::FromNetdev);
     let mut found = found;
     // SAFETY: a pointer into a map that was just found; here and below.
     let mut entry = unsafe { &*found };
@@ -205,6 +274,7 @@ fn known<F: Family>(
         && entry.initiator_ifindex != ifindex
         && device_ip::<F>(device).halves() == parsed.tuple.src.halves();
     if original != 0
+        && (comes || translated == 0)
         && answers & translated == 0
         && forget(u32::from(service::is_stale(entry, parsed, now, forget(u32::from(moved)) != 0))) != 0
     {
@@ -232,14 +302,14 @@ fn known<F: Family>(
     if translated == 0 {
         return (step::PASS, Reason::Direct);
     }
-    if original != 0 && answers == 0 && from_pod {
+    if original != 0 && answers == 0 && comes {
         forward(entry, plan);
         return (step::WRITE, Reason::Service);
     }
     let redirects = entry.flags & FlowEntry::REDIRECT != 0;
-    // A reply of a flow that is redirected comes to `to_pod` as it is only when no program of ours is at the backend.
-    if original == 0 && answers != 0 && (redirects || !from_pod) {
-        backward(entry, plan, from_pod);
+    // A reply of a flow that is redirected comes to a `to` hook as it is only when no program of ours is at the backend.
+    if original == 0 && answers != 0 && (redirects || !comes) {
+        backward(entry, plan, comes);
         return (step::WRITE, Reason::Reply);
     }
     (step::PASS, Reason::Seen)
@@ -255,17 +325,21 @@ fn device_ip<'a, F: Family>(device: *const DeviceEntry) -> &'a IpBytes {
 /// A packet that makes a flow: the next step, with its reason.
 #[inline(always)]
 fn open(
+    skb: Skb,
     parsed: &Parsed,
     device: *const DeviceEntry,
-    ifindex: u32,
     frontend: Option<*const FrontendEntry>,
     how: u32,
     hook: Hook,
-    replace: u32,
+    meta: u32,
     work: *mut Work,
 ) -> (u32, u32) {
-    let from_pod = matches!(hook, Hook::FromPod);
-    let meta = Meta::new(parsed, replace | if from_pod { Meta::FROM_POD } else { 0 });
+    let origin = match hook {
+        Hook::FromPod => Meta::FROM_POD,
+        Hook::FromNetdev => Meta::FROM_NETDEV,
+        _ => 0,
+    };
+    let meta = Meta::new(parsed, meta | origin);
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     copy(unsafe { &mut (*work).entry.original }, &parsed.tuple);
     if how == step::OPEN_SERVICE {
@@ -273,15 +347,16 @@ fn open(
             return (step::DROP, Reason::NoBackend as u32);
         };
         if parsed.proto == Proto::TCP && !conntrack::opens(parsed.tcp_flags) {
-            // SAFETY: a pointer into a map that was just found.
-            unsafe { (*work).service = (*frontend).service };
+            if matches!(hook, Hook::FromNetdev) {
+                return (step::PASS, Reason::Midstream as u32);
+            }
             return (step::DROP, Reason::NoFlow as u32);
         }
-        service::service_open(work, frontend, device, ifindex, meta.0);
+        service::service_open(skb.0, work, frontend, device, meta.0);
     } else if how == step::OPEN_BESIDE {
-        service::service_open_beside(work, device, ifindex, meta.0);
+        service::service_open_beside(work, device, skb.ifindex(), meta.0);
     } else {
-        service::service_open_direct(work, device, ifindex, meta.0);
+        service::service_open_direct(work, device, skb.ifindex(), meta.0);
         return (step::PASS, service::reason(work));
     }
     let reason = service::reason(work);
@@ -289,46 +364,131 @@ fn open(
     let entry = unsafe { &*(&raw const (*work).entry) };
     // SAFETY: as above.
     forward(entry, unsafe { &mut *work });
-    if reason >= u32::from(Reason::FIRST_DROP) { (step::DROP, reason) } else { (step::WRITE, reason) }
+    if reason >= u32::from(Reason::FIRST_DROP) {
+        return (step::DROP, reason);
+    }
+    if reason == Reason::ServiceNew as u32 {
+        if entry.flags & FlowEntry::MASQUERADED != 0 {
+            exit::count(hook, Reason::Masqueraded, 0);
+        } else if entry.translated.src_port != entry.original.src_port {
+            exit::count(hook, Reason::PortRemapped, 0);
+        }
+    }
+    (step::WRITE, reason)
 }
 
 /// From the initiator's tuple to the responder's.
 #[inline(always)]
-fn forward(entry: &FlowEntry, plan: &mut Work) {
+pub(crate) fn forward(entry: &FlowEntry, plan: &mut Work) {
     copy(&mut plan.new, &entry.translated);
     copy_mac(&mut plan.mac, &entry.responder_mac);
+    let redirects = entry.flags & FlowEntry::REDIRECT != 0;
     plan.set_mac = entry.flags & (FlowEntry::REDIRECT | FlowEntry::SWITCH);
-    plan.redirect = if entry.flags & FlowEntry::REDIRECT != 0 { entry.responder_ifindex } else { 0 };
+    if entry.flags & FlowEntry::ROUTED != 0 {
+        plan.set_mac = FlowEntry::ROUTED;
+    }
+    plan.redirect = if redirects { entry.responder_ifindex } else { 0 };
     plan.service = entry.service;
     plan.backend = entry.backend;
 }
 
 /// From the responder's reply to what the initiator expects.
 #[inline(always)]
-fn backward(entry: &FlowEntry, plan: &mut Work, redirect: bool) {
+pub(crate) fn backward(entry: &FlowEntry, plan: &mut Work, redirect: bool) {
     copy(&mut plan.new, &entry.original.reversed());
     copy_mac(&mut plan.mac, &entry.initiator_mac);
     plan.set_mac = if redirect { FlowEntry::REDIRECT } else { 0 };
+    if redirect && entry.flags & FlowEntry::OUTSIDE != 0 {
+        plan.set_mac = FlowEntry::ROUTED;
+    }
     plan.redirect = if redirect { entry.initiator_ifindex } else { 0 };
 }
 
 /// Writes the packet as planned and sends it on its way.
 #[inline(always)]
-fn write<F: Family>(skb: Skb, parsed: &Parsed, device: *const DeviceEntry, plan: *const Work, reason: u32) -> Outcome {
+fn write<F: Family>(
+    skb: Skb,
+    parsed: &Parsed,
+    device: *const DeviceEntry,
+    work: *mut Work,
+    hook: Hook,
+    reason: u32,
+) -> Outcome {
     // SAFETY: a pointer into a map that was found for this packet; and this CPU's entry of `work`.
-    let (gateway, plan) = unsafe { (&(*device).gateway_mac, &*plan) };
+    let (gateway, plan) = unsafe { (&(*device).gateway_mac, &*work) };
+    let (service, backend) = (plan.service, plan.backend);
+    let mut redirect = forget(plan.redirect);
+    let mut set_mac = forget(u32::from(plan.set_mac)) as u16;
+    if matches!(hook, Hook::FromPod | Hook::FromNetdev) && (set_mac == FlowEntry::ROUTED || netdev(hook) && redirect != 0) {
+        let way = way_out(skb, work, device, redirect, u32::from(parsed.proto.0));
+        if way == found::NONE {
+            return Outcome::drop(Reason::NoRoute).of(service, backend);
+        }
+        if way == found::TOO_BIG {
+            // SAFETY: as above.
+            let (mtu, masqueraded) = unsafe { ((*work).mtu, (*work).new.src.halves() != parsed.tuple.src.halves()) };
+            if masqueraded || !refuse::may_be_cut::<F>(skb) {
+                return refuse::packet::<F>(skb, parsed, mtu, Reason::TooBig as u32).of(service, backend);
+            }
+            // The stack cuts it: the source is the client's own, so it takes the packet.
+            redirect = 0;
+            set_mac = 0;
+        }
+    }
     // A bridge that switches the frame wants to see the pod's own MAC, not its own, at the pod's port.
-    let written = (plan.set_mac == 0 || skb.set_dst_mac(&plan.mac).is_some())
-        && (plan.set_mac & FlowEntry::REDIRECT == 0 || skb.set_src_mac(gateway).is_some())
+    let written = (set_mac & (FlowEntry::REDIRECT | FlowEntry::SWITCH) == 0 || skb.set_dst_mac(&plan.mac).is_some())
+        && (set_mac & FlowEntry::REDIRECT == 0 || skb.set_src_mac(gateway).is_some())
         && skb.rewrite::<F>(parsed, &parsed.tuple, &plan.new).is_some();
     if !written {
-        return Outcome::drop(Reason::RewriteFailed).of(plan.service, plan.backend);
+        return Outcome::drop(Reason::RewriteFailed).of(service, backend);
     }
-    let mut outcome = Outcome::numbered(Verdict::Pass, reason).of(plan.service, plan.backend);
-    if plan.redirect != 0 {
+    send(work, redirect, u32::from(set_mac), reason).of(service, backend)
+}
+
+/// Does the hook sit at an interface of the node?
+#[inline(always)]
+const fn netdev(hook: Hook) -> bool {
+    matches!(hook, Hook::FromNetdev | Hook::ToNetdev)
+}
+
+/// Sends a written packet on its way.
+#[inline(always)]
+pub(crate) fn send(work: *const Work, redirect: u32, set_mac: u32, reason: u32) -> Outcome {
+    let mut outcome = Outcome::numbered(Verdict::Pass, reason);
+    if set_mac == u32::from(FlowEntry::ROUTED) {
+        route::route_redirect(work);
+        outcome.verdict = Verdict::Redirect;
+    } else if redirect != 0 {
         // SAFETY: sets the target of this packet; an interface that is gone drops it in the kernel.
-        unsafe { bpf_redirect(plan.redirect, 0) };
+        unsafe { bpf_redirect(redirect, 0) };
         outcome.verdict = Verdict::Redirect;
     }
     outcome
+}
+
+/// Looks up the way of a packet that the stack would not take, or that goes to the veth `redirect`: is there one, and
+/// does the packet fit?
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn tc_way_out(
+    skb: *mut __sk_buff,
+    work: *mut Work,
+    device: *const DeviceEntry,
+    redirect: u32,
+    proto: u32,
+) -> u32 {
+    // SAFETY: as in `service_path`.
+    let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return found::NONE };
+    if redirect == 0 {
+        return route::look_up(skb, work, true, service::incoming(skb, device), proto);
+    }
+    let Some(to) = DEVICE.get_ptr(&redirect) else { return found::WAY };
+    // SAFETY: a pointer into a map that was just found.
+    work.mtu = unsafe { (*to).mtu };
+    if route::is_too_big(Skb(skb), work.mtu) { found::TOO_BIG } else { found::WAY }
+}
+
+#[inline(always)]
+pub(crate) fn way_out(skb: Skb, work: *mut Work, device: *const DeviceEntry, redirect: u32, proto: u32) -> u32 {
+    forget(tc_way_out(skb.0, work, device, redirect, proto))
 }
