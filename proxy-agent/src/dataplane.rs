@@ -213,9 +213,8 @@ impl Bpf {
         }
         // A row without programs does nothing: it is of an interface that has gone, or that was not finished.
         let attached = attached(&pins)?;
-        let unfinished = |(ifindex, row): &(&u32, &DeviceEntry)| {
-            attach::programs(row).is_some() && !attached.contains(*ifindex)
-        };
+        let unfinished =
+            |(ifindex, row): &(&u32, &DeviceEntry)| attach::programs(row).is_some() && !attached.contains(*ifindex);
         for (ifindex, _) in rows.iter().filter(unfinished) {
             maps.device.delete(ifindex)?;
         }

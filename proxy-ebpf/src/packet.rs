@@ -240,9 +240,8 @@ impl Family for V6 {
         if packet.byte(at)? >> 4 != 6 {
             return None;
         }
-        let address = |at| {
-            Some(IpBytes([packet.word(at)?, packet.word(at + 4)?, packet.word(at + 8)?, packet.word(at + 12)?]))
-        };
+        let address =
+            |at| Some(IpBytes([packet.word(at)?, packet.word(at + 4)?, packet.word(at + 8)?, packet.word(at + 12)?]));
         let (mut proto, mut l4) = (packet.byte(at + 6)?, at + 40);
         if proto == next_header::FRAGMENT {
             if u16::from_be(packet.half(l4 + 2)?) & 0xfff8 != 0 {

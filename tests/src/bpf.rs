@@ -27,7 +27,7 @@ use crate::address::Family;
 use crate::command;
 use crate::lease::BPFFS;
 use crate::packet::Frame;
-use crate::packet::named::{GATEWAY, Host, POD_ONE, POD_THREE, POD_TWO};
+use crate::packet::named::{GATEWAY, Host, NODE_ONE, OUTSIDE, POD_ONE, POD_THREE, POD_TWO};
 
 /// The pods that have a veth here, in the order of their interfaces.
 pub const PODS: [Host; 3] = [POD_ONE, POD_TWO, POD_THREE];
@@ -66,6 +66,25 @@ fn own_bpffs() -> Result<()> {
         .with_context(|| format!("mount {BPFFS}"))
 }
 
+/// The node's addresses on the uplink, and routes out of it: what `bpf_fib_lookup` is asked for.
+fn route_out() -> Result<()> {
+    for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        let path = format!("/proc/sys/net/{setting}");
+        std::fs::write(&path, "1").with_context(|| path.clone())?;
+    }
+    for link in ["lo", "one", "two", "three", "uplink", "uplink-pod"] {
+        command::output(Command::new("ip").args(["link", "set", link, "up"]))?;
+    }
+    let (ip4, ip6) = (format!("{}/24", NODE_ONE.ip4), format!("{}/64", NODE_ONE.ip6));
+    command::output(Command::new("ip").args(["address", "add", &ip4, "dev", "uplink"]))?;
+    command::output(Command::new("ip").args(["address", "add", &ip6, "dev", "uplink", "nodad"]))?;
+    let next = [OUTSIDE.ip4.to_string(), OUTSIDE.ip6.to_string()];
+    for (to, via) in ["10.244.1.0/24", "fd00:10:244:1::/64"].into_iter().zip(&next) {
+        command::output(Command::new("ip").args(["route", "add", to, "via", via, "dev", "uplink"]))?;
+    }
+    Ok(())
+}
+
 /// Return values of the tc programs.
 pub mod verdict {
     /// `TCX_NEXT`.
@@ -99,7 +118,8 @@ pub struct Entry {
 pub struct Bench {
     bpf: Bpf,
     root: PathBuf,
-    ifindexes: [u32; 3],
+    /// Of the pods, then of the uplink.
+    ifindexes: [u32; 4],
     ids: AtomicU32,
 }
 
@@ -127,12 +147,13 @@ impl Bench {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).context("a network and a mount namespace")?;
         own_bpffs()?;
-        let mut ifindexes = [0; 3];
-        for (name, ifindex) in ["one", "two", "three"].into_iter().zip(&mut ifindexes) {
+        let mut ifindexes = [0; 4];
+        for (name, ifindex) in ["one", "two", "three", "uplink"].into_iter().zip(&mut ifindexes) {
             let add = ["link", "add", name, "type", "veth", "peer", "name", &format!("{name}-pod")].map(str::to_owned);
             command::output(Command::new("ip").args(add))?;
             *ifindex = if_nametoindex(name).context("index of a veth")?;
         }
+        route_out()?;
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let root = PathBuf::from(format!("{BPFFS}/pt{}-packets{count}", std::process::id()));
         let config = Config {
@@ -146,7 +167,69 @@ impl Bench {
         let bpf = Bpf::open(&config).inspect_err(|_| drop(cleanup(&root))).context("load the programs")?;
         let bench = Self { bpf, root, ifindexes, ids: AtomicU32::new(1) };
         bench.set_pods(DeviceEntry::REDIRECT | DeviceEntry::SWITCH)?;
+        bench.set_uplink()?;
         Ok(bench)
+    }
+
+    /// The uplink, with the node's addresses.
+    fn set_uplink(&self) -> Result<()> {
+        let mac = MacBytes(NODE_ONE.mac.0);
+        let entry = DeviceEntry {
+            ip4: IpAddr::from(NODE_ONE.ip4).into(),
+            ip6: IpAddr::from(NODE_ONE.ip6).into(),
+            gateway_ip4: IpBytes::UNSPECIFIED,
+            gateway_ip6: IpBytes::UNSPECIFIED,
+            pod_mac: mac,
+            gateway_mac: mac,
+            bridge: 0,
+            flags: DeviceEntry::NETDEV,
+            slot: 0,
+            reserved: 0,
+            since: 0,
+            mtu: 1500,
+        };
+        self.bpf.maps().device.set(&self.ifindex(&NODE_ONE), &entry)?;
+        for family in [Family::V4, Family::V6] {
+            let flags = FrontendEntry::ADDRESS_NODE | FrontendEntry::ADDRESS_NODE_PORT;
+            self.mark(NODE_ONE.ip(family), flags)?;
+        }
+        Ok(())
+    }
+
+    /// Says what an address is: flags `ADDRESS_*` of [`FrontendEntry`].
+    pub fn mark(&self, ip: IpAddr, flags: u32) -> Result<()> {
+        let mark = FrontendEntry { first: 0, count: 0, service: 0, flags, affinity_seconds: 0, generation: 0 };
+        Ok(self.bpf.maps().frontend.set(&FrontendKey::address(ip.into()), &mark)?)
+    }
+
+    /// Writes one frontend over backends in its family; returns their ids. Their service port is the first of them.
+    pub fn set_frontend(
+        &self,
+        key: FrontendKey,
+        backends: &[(IpAddr, u16)],
+        flags: u32,
+        affinity_seconds: u32,
+    ) -> Result<Vec<u32>> {
+        let maps = self.bpf.maps();
+        let count = u32::try_from(backends.len())?;
+        let first = self.ids.fetch_add(count.max(1), Ordering::Relaxed);
+        let ids: Vec<u32> = (first..first + count).collect();
+        for (id, (ip, port)) in ids.iter().zip(backends) {
+            let entry = BackendEntry {
+                ip: (*ip).into(),
+                service: first,
+                generation: *id,
+                port: PortBe::new(*port),
+                proto: key.proto,
+                reserved: 0,
+                flags: BackendEntry::IN_CLUSTER | BackendEntry::IN_LOCAL,
+            };
+            maps.backend.set(id, &entry)?;
+            maps.slot.set(id, id)?;
+        }
+        let entry = FrontendEntry { first, count, service: first, flags, affinity_seconds, generation: first };
+        maps.frontend.set(&key, &entry)?;
+        Ok(ids)
     }
 
     /// The dataplane, for its maps.
@@ -154,9 +237,9 @@ impl Bench {
         &self.bpf
     }
 
-    /// Interface of a pod of [`PODS`]; 0 for anybody else, where no program would run.
+    /// Interface of a pod of [`PODS`], or the uplink of `NODE_ONE`; 0 for anybody else, where no program would run.
     pub fn ifindex(&self, pod: &Host) -> u32 {
-        let found = PODS.iter().zip(self.ifindexes).find(|(known, _)| *known == pod);
+        let found = PODS.iter().chain([&NODE_ONE]).zip(self.ifindexes).find(|(known, _)| *known == pod);
         found.map_or(0, |(_, ifindex)| ifindex)
     }
 
@@ -178,7 +261,8 @@ impl Bench {
             gateway_ip6: IpAddr::from(GATEWAY.ip6).into(),
             pod_mac: mac,
             gateway_mac: MacBytes(GATEWAY.mac.0),
-            bridge: 99,
+            // Any interface will do: what a route is looked up from.
+            bridge: self.ifindex(&NODE_ONE),
             flags,
             slot: 0,
             reserved: 0,
@@ -241,14 +325,19 @@ impl Bench {
 
     /// The same without looking at the counters, which takes longer than the run.
     pub fn run_once(&self, hook: Hook, pod: &Host, packet: &[u8]) -> Result<TestRun> {
-        let program = if hook == Hook::FromPod { "from_pod" } else { "to_pod" };
+        let program = match hook {
+            Hook::FromPod => "from_pod",
+            Hook::FromNetdev => "from_netdev",
+            Hook::ToNetdev => "to_netdev",
+            _ => "to_pod",
+        };
         let program = self.bpf.program_fd(program)?;
         sysbpf::test_run(program, packet, self.ifindex(pod), 1).with_context(|| format!("{hook} with {packet:02x?}"))
     }
 
     fn counts(&self) -> Result<Counts> {
         let mut counts = Counts::new();
-        for hook in [Hook::FromPod, Hook::ToPod] {
+        for hook in [Hook::FromPod, Hook::ToPod, Hook::FromNetdev, Hook::ToNetdev] {
             for reason in Reason::ALL {
                 let each = self.bpf.maps().counter.get_per_cpu(&reason.index(hook))?;
                 counts.insert((hook, *reason), each.iter().map(|counter| counter.packets).sum());

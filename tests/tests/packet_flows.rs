@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use proxy_abi::flow::state;
 use proxy_abi::{DeviceEntry, FlowEntry, Hook, Proto, Reason};
 use proxy_ebpf::packet::{V4, V6, parse};
-use proxy_tests::bpf::talk::{TALKS, Talk, changed, converse, drops, passes};
+use proxy_tests::bpf::talk::{TALKS, Talk, changed, converse, passes, reset_of};
 use proxy_tests::bpf::{Bench, End, Entry, ROOMY, Tables, frontend, redirected, verdict};
 use proxy_tests::packet::named::{Host, OUTSIDE, POD_ONE, POD_REMOTE, POD_THREE, POD_TWO, VIP_ONE, VIP_TWO};
 use proxy_tests::packet::{Frame, L4, tcp_flag};
@@ -219,7 +219,12 @@ fn a_flow_that_leads_nowhere_begins_anew() -> Result<()> {
                 bench.end_backend(id)?;
             }
             let sent = talk.frame((&POD_ONE, CLIENT), (&VIP_ONE, PORT), SYN);
-            converse(bench, "gone", &[drops(Hook::FromPod, POD_ONE, sent, Reason::NoBackend)])?;
+            let refused = bench.feed(Hook::FromPod, &POD_ONE, &sent.build())?;
+            let counts = [((Hook::FromPod, Reason::NoBackend), 1)].into();
+            assert_eq!((refused.verdict, refused.counts), (verdict::REDIRECT, counts), "{talk:?}: gone");
+            if talk.is_tcp() {
+                assert_eq!(refused.packet, reset_of(&sent).build());
+            }
             bench.forget_flows()?;
         }
         Ok(())
@@ -414,8 +419,10 @@ fn the_verifier_walks_little() -> Result<()> {
     Bench::run(ROOMY, |bench| {
         let walked = bench.bpf().verified_instructions();
         let programs: BTreeSet<_> = walked.iter().map(|(name, _)| name.as_str()).collect();
-        ensure!(programs.is_superset(&["from_pod", "to_pod"].into()), "{programs:?}");
-        for (name, count) in walked.iter().filter(|(name, _)| ["from_pod", "to_pod"].contains(&name.as_str())) {
+        let packets = ["from_pod", "to_pod", "from_netdev", "to_netdev"];
+        ensure!(programs.is_superset(&packets.into()), "{programs:?}");
+        for (name, count) in walked.iter().filter(|(name, _)| packets.contains(&name.as_str())) {
+            println!("{name}: {count} instructions");
             ensure!((1..=100_000).contains(count), "{name}: {count} instructions");
         }
         Ok(())

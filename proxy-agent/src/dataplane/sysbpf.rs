@@ -426,7 +426,7 @@ pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], ifindex: u32, repeat: u3
 pub fn netns_cookie() -> io::Result<u64> {
     /// include/uapi/asm-generic/socket.h; not in libc.
     const SO_NETNS_COOKIE: i32 = 71;
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("[::1]:0"))?;
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").or_else(|_| std::net::UdpSocket::bind("[::]:0"))?;
     let (mut cookie, mut len) = (0_u64, 8_u32);
     // SAFETY: eight bytes for an option of eight bytes.
     let result = unsafe {

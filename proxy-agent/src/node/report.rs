@@ -154,7 +154,11 @@ mod tests {
         let mut report = Report::default();
         report.update(links(&[(5, &["10.0.0.5", "fd00::5"]), (6, &["10.0.0.6"])]), BTreeMap::new(), BTreeMap::new());
         assert_eq!(
-            report.update(links(&[(5, &["10.0.0.6", "fd00::5"]), (6, &["10.0.0.5"])]), BTreeMap::new(), BTreeMap::new()),
+            report.update(
+                links(&[(5, &["10.0.0.6", "fd00::5"]), (6, &["10.0.0.5"])]),
+                BTreeMap::new(),
+                BTreeMap::new()
+            ),
             [
                 Event::Link(link(5, &["fd00::5"])),
                 Event::Link(link(6, &[])),
@@ -163,7 +167,11 @@ mod tests {
             ]
         );
         assert_eq!(
-            report.update(links(&[(5, &["fd00::5"]), (6, &["10.0.0.5", "10.0.0.6"])]), BTreeMap::new(), BTreeMap::new()),
+            report.update(
+                links(&[(5, &["fd00::5"]), (6, &["10.0.0.5", "10.0.0.6"])]),
+                BTreeMap::new(),
+                BTreeMap::new()
+            ),
             [Event::Link(link(5, &["fd00::5"])), Event::Link(link(6, &["10.0.0.5", "10.0.0.6"]))]
         );
     }
@@ -185,9 +193,7 @@ mod tests {
             let links: BTreeMap<u32, PodLink> = links.iter().map(|(i, a)| (*i, link(*i, a))).collect();
             (report.update(links, devices, BTreeMap::new()), report.listed())
         };
-        let listed = |indices: &[u32]| {
-            Event::Listed(Source::Links, Listing::Links(indices.iter().copied().collect()))
-        };
+        let listed = |indices: &[u32]| Event::Listed(Source::Links, Listing::Links(indices.iter().copied().collect()));
         let (two, three) = (device(2, &["192.0.2.2"]), device(3, &[]));
         let both = vec![Event::Device(two.clone()), Event::Device(three.clone())];
         assert_eq!(update(&[two.clone(), three.clone()], &[]), (both, listed(&[2, 3])));

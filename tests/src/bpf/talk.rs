@@ -5,8 +5,8 @@ use proxy_abi::{Hook, Proto, Reason};
 
 use super::{Bench, End, verdict};
 use crate::address::Family;
-use crate::packet::Frame;
 use crate::packet::named::Host;
+use crate::packet::{Frame, L4, Tcp, tcp_flag};
 
 /// A family and a protocol.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +75,30 @@ pub fn passes(hook: Hook, at: Host, sent: Frame, reason: Reason) -> Step {
 /// A packet that ends.
 pub fn drops(hook: Hook, at: Host, sent: Frame, reason: Reason) -> Step {
     Step { hook, at, after: sent.clone(), sent, verdict: verdict::DROP, reason }
+}
+
+/// The reset that answers a segment: RFC 9293 §3.5.2.
+///
+/// # Panics
+/// When it is no TCP segment.
+pub fn reset_of(sent: &Frame) -> Frame {
+    let ip = sent.as_ip().expect("it is IP");
+    let L4::Tcp(tcp) = &ip.l4 else { panic!("it is TCP") };
+    let length = u32::try_from(tcp.payload.len()).expect("short") + u32::from(tcp.flags & tcp_flag::SYN != 0);
+    let acknowledges = tcp.flags & tcp_flag::ACK != 0;
+    let answer = Tcp {
+        src: tcp.dst,
+        dst: tcp.src,
+        seq: if acknowledges { tcp.ack } else { 0 },
+        ack: if acknowledges { 0 } else { tcp.seq + length },
+        flags: if acknowledges { tcp_flag::RST } else { tcp_flag::RST | tcp_flag::ACK },
+        ..Tcp::default()
+    };
+    let mut frame = sent.clone();
+    (frame.src, frame.dst) = (sent.dst, sent.src);
+    let out = frame.as_ip_mut().expect("it is IP");
+    (out.src, out.dst, out.l4) = (ip.dst, ip.src, L4::Tcp(answer));
+    frame
 }
 
 /// Plays the steps in their order; panics at the first that goes otherwise.

@@ -108,7 +108,8 @@ extern "C" fn affinity_recall(entry: *const FrontendEntry, client: *const IpByte
         return 0;
     }
     let id = known.backend;
-    let set = if entry.flags & FrontendEntry::LOCAL_SET != 0 { BackendEntry::IN_LOCAL } else { BackendEntry::IN_CLUSTER };
+    let set =
+        if entry.flags & FrontendEntry::LOCAL_SET != 0 { BackendEntry::IN_LOCAL } else { BackendEntry::IN_CLUSTER };
     let eligible = BACKEND.get(id).is_some_and(|b| b.generation == known.generation && b.flags & set != 0);
     if !eligible {
         return 0;

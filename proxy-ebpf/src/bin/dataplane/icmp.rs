@@ -25,106 +25,114 @@ use crate::{flow, tc};
 const TCP_CHECKSUM: usize = 16;
 const UDP_CHECKSUM: usize = 6;
 
-/// What becomes of an ICMP error with its header at `l4`.
+/// What becomes of an ICMP error with its header at `l4`. In two functions one after the other, because their stacks
+/// would not fit into one.
 #[inline(always)]
 pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const DeviceEntry) -> (Verdict, u32) {
     let comes = u32::from(matches!(hook, Hook::FromPod | Hook::FromNetdev));
-    let packed = if F::HEADER_CHECKSUM.is_some() {
-        icmp_error_v4(skb.0, l4, comes, device)
-    } else {
-        icmp_error_v6(skb.0, l4, comes, device)
-    };
-    let packed = forget(packed);
-    let verdict = match packed >> 8 {
-        0 => Verdict::Pass,
-        1 => Verdict::Redirect,
-        _ => Verdict::Drop,
-    };
-    (verdict, packed & 0xff)
-}
-
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn icmp_error_v4(skb: *mut __sk_buff, l4: u32, comes: u32, device: *const DeviceEntry) -> u32 {
-    translate::<V4>(Skb(skb), l4, comes != 0, device)
-}
-
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn icmp_error_v6(skb: *mut __sk_buff, l4: u32, comes: u32, device: *const DeviceEntry) -> u32 {
-    translate::<V6>(Skb(skb), l4, comes != 0, device)
-}
-
-const fn pass(reason: Reason) -> u32 {
-    reason as u32
-}
-
-const fn drop(reason: Reason) -> u32 {
-    2 << 8 | reason as u32
-}
-
-#[inline(always)]
-fn translate<F: Family>(skb: Skb, l4: u32, comes: bool, device: *const DeviceEntry) -> u32 {
-    let (Some(work), Some(device)) = (WORK.get_ptr_mut(0), unsafe { device.as_ref() }) else {
-        return pass(Reason::OtherProtocol);
-    };
-    // What is quoted may lie behind what the caller made readable.
+    // What is quoted may lie behind what has been made readable.
     skb.pull(l4 + ICMP_LEN as u32 + 80);
+    let v4 = F::HEADER_CHECKSUM.is_some();
+    let about = if v4 { icmp_find_v4(skb.0, l4, comes) } else { icmp_find_v6(skb.0, l4, comes) };
+    let about = forget(about);
+    if about < 256 {
+        return (Verdict::Pass, about);
+    }
+    // SAFETY: this CPU's entry of the map `work`; a pointer into a map that was found for this packet.
+    let (Some(work), Some(device)) = (WORK.get_ptr_mut(0), unsafe { device.as_ref() }) else {
+        return (Verdict::Pass, Reason::OtherProtocol as u32);
+    };
+    // SAFETY: as above.
+    let (redirect, set_mac, mac) =
+        unsafe { (forget((*work).redirect), forget(u32::from((*work).set_mac)), &(*work).mac) };
+    if set_mac == u32::from(FlowEntry::ROUTED) && tc::way_out(skb, work, device, 0, u32::from(F::ICMP.0)) == found::NONE
+    {
+        return (Verdict::Drop, Reason::NoRoute as u32);
+    }
+    let macs = (set_mac & u32::from(FlowEntry::REDIRECT | FlowEntry::SWITCH) == 0 || skb.set_dst_mac(mac).is_some())
+        && (set_mac & u32::from(FlowEntry::REDIRECT) == 0 || skb.set_src_mac(&device.gateway_mac).is_some());
+    let written = if v4 { icmp_rewrite_v4(skb.0, l4, about) } else { icmp_rewrite_v6(skb.0, l4, about) };
+    if !macs || forget(written) == 0 {
+        return (Verdict::Drop, Reason::RewriteFailed as u32);
+    }
+    let outcome = tc::send(work, redirect, set_mac, Reason::IcmpError as u32);
+    (outcome.verdict, outcome.reason)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn icmp_find_v4(skb: *mut __sk_buff, l4: u32, comes: u32) -> u32 {
+    find::<V4>(Skb(skb), l4, comes != 0)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn icmp_find_v6(skb: *mut __sk_buff, l4: u32, comes: u32) -> u32 {
+    find::<V6>(Skb(skb), l4, comes != 0)
+}
+
+/// Finds the flow of the quoted packet and plans the way of the error, which is in `work` then. A reason to let it pass,
+/// below 256; or protocol and offset of the quoted transport header, times 256 and 65,536.
+#[inline(always)]
+fn find<F: Family>(skb: Skb, l4: u32, comes: bool) -> u32 {
+    let Some(work) = WORK.get_ptr_mut(0) else { return Reason::OtherProtocol as u32 };
     let Some(quoted) = packet::quoted::<F, Skb>(&skb, l4 as usize) else {
-        return pass(Reason::OtherProtocol);
+        return Reason::OtherProtocol as u32;
     };
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     let plan = unsafe { &mut *work };
     copy(&mut plan.quoted, &quoted.tuple);
     let proto_family = u16::from(quoted.proto.0) | u16::from(F::FAMILY) << 8;
-    write_key(&mut plan.key, &quoted.tuple, proto_family, FlowKey::SIDE_COMMON);
+    write_key(&mut plan.key, &plan.quoted, proto_family, FlowKey::SIDE_COMMON);
     let Some(found) = flow::find(&plan.key) else {
-        return pass(Reason::OtherProtocol);
+        return Reason::OtherProtocol as u32;
     };
     // SAFETY: a pointer into a map that was just found.
     let entry = unsafe { &*found };
     if !entry.is_translated() {
-        return pass(Reason::OtherProtocol);
+        return Reason::OtherProtocol as u32;
     }
     let original = entry.flags & FlowEntry::KEY_ORIGINAL != 0;
     let role = if original { &entry.original } else { &entry.translated };
-    let (a, b) = (role.src.halves(), quoted.tuple.src.halves());
+    let (a, b) = (role.src.halves(), plan.quoted.src.halves());
     // The quoted packet came from the initiator: the error answers it.
-    let answers = (a.0 ^ b.0) | (a.1 ^ b.1) | u64::from(role.src_port.0 ^ quoted.tuple.src_port.0) == 0;
+    let answers = (a.0 ^ b.0) | (a.1 ^ b.1) | u64::from(role.src_port.0 ^ plan.quoted.src_port.0) == 0;
     let redirects = entry.flags & FlowEntry::REDIRECT != 0;
     if original && !answers && comes {
         tc::forward(entry, plan);
     } else if !original && answers && (redirects || !comes) {
         tc::backward(entry, plan, comes);
     } else {
-        return pass(Reason::Seen);
+        return Reason::Seen as u32;
     }
-    let (redirect, set_mac) = (forget(plan.redirect), forget(u32::from(plan.set_mac)));
-    let mac = plan.mac;
-    if set_mac == u32::from(FlowEntry::ROUTED) && tc::way_out(skb, work, device, 0, u32::from(F::ICMP.0)) == found::NONE {
-        return drop(Reason::NoRoute);
-    }
-    let written = (set_mac & u32::from(FlowEntry::REDIRECT | FlowEntry::SWITCH) == 0 || skb.set_dst_mac(&mac).is_some())
-        && (set_mac & u32::from(FlowEntry::REDIRECT) == 0 || skb.set_src_mac(&device.gateway_mac).is_some())
-        && rewrite_error::<F>(skb, l4 as usize, usize::from(quoted.l4), quoted.proto, &plan.quoted, &plan.new).is_some();
-    if !written {
-        return drop(Reason::RewriteFailed);
-    }
-    let outcome = tc::send(work, redirect, set_mac, Reason::IcmpError as u32);
-    u32::from(outcome.verdict == Verdict::Redirect) << 8 | Reason::IcmpError as u32
+    u32::from(quoted.proto.0) << 8 | u32::from(quoted.l4) << 16
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn icmp_rewrite_v4(skb: *mut __sk_buff, l4: u32, about: u32) -> u32 {
+    rewritten::<V4>(Skb(skb), l4, about)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn icmp_rewrite_v6(skb: *mut __sk_buff, l4: u32, about: u32) -> u32 {
+    rewritten::<V6>(Skb(skb), l4, about)
+}
+
+#[inline(always)]
+fn rewritten<F: Family>(skb: Skb, l4: u32, about: u32) -> u32 {
+    let Some(work) = WORK.get_ptr_mut(0) else { return 0 };
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    let plan = unsafe { &*work };
+    let (proto, quoted_l4) = (Proto((about >> 8) as u8), (about >> 16) as usize);
+    u32::from(rewrite_error::<F>(skb, l4 as usize, quoted_l4, proto, &plan.quoted, &plan.new).is_some())
 }
 
 /// `quoted`: the quoted tuple as it stands there. `new`: the tuple that an answer to it gets; the quoted packet gets the
 /// reverse of it.
 #[inline(always)]
-fn rewrite_error<F: Family>(
-    skb: Skb,
-    icmp: usize,
-    l4: usize,
-    proto: Proto,
-    quoted: &Tuple,
-    new: &Tuple,
-) -> Option<()> {
+fn rewrite_error<F: Family>(skb: Skb, icmp: usize, l4: usize, proto: Proto, quoted: &Tuple, new: &Tuple) -> Option<()> {
     let (icmp, l4) = (icmp & OFFSET_MASK, l4 & OFFSET_MASK);
     let inner = icmp + ICMP_LEN;
     let (src, dst) = (address::<F>(skb, F::SRC)?, address::<F>(skb, F::DST)?);

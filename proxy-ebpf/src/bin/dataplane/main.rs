@@ -26,11 +26,11 @@ mod frontend;
 #[cfg(target_arch = "bpf")]
 mod icmp;
 #[cfg(target_arch = "bpf")]
+mod maps;
+#[cfg(target_arch = "bpf")]
 mod refuse;
 #[cfg(target_arch = "bpf")]
 mod route;
-#[cfg(target_arch = "bpf")]
-mod maps;
 #[cfg(target_arch = "bpf")]
 mod service;
 #[cfg(target_arch = "bpf")]

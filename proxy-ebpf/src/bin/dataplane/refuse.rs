@@ -117,14 +117,24 @@ fn fold(sum: u32) -> u16 {
 /// Sum over the packet from one offset to another, both even; at most 88 bytes.
 #[inline(always)]
 fn sum(skb: Skb, from: usize, to: usize) -> Option<u32> {
+    let sum = forget(refuse_sum(skb.0, from as u32, to as u32));
+    if sum == u32::MAX { None } else { Some(sum) }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn refuse_sum(skb: *mut __sk_buff, from: u32, to: u32) -> u32 {
+    let skb = Skb(skb);
     let mut sum = 0;
     for i in 0..44 {
         let at = from + 2 * i;
-        if at + 1 < to {
-            sum += u32::from(skb.read::<u16>(at)?);
+        if at >= to {
+            break;
         }
+        let Some(half) = skb.read::<u16>(at as usize) else { return u32::MAX };
+        sum = forget(sum + u32::from(half));
     }
-    Some(sum)
+    sum
 }
 
 /// Sum over both addresses, which a swap does not change, and what else a pseudo-header has.
@@ -197,8 +207,7 @@ fn reset<F: Family>(skb: Skb, l4: u32, flags: u8) -> Option<()> {
         let (old_length, old_life): (u16, u16) = (skb.read(ETH_LEN + 2)?, skb.read(ETH_LEN + 8)?);
         let [_, proto] = old_life.to_ne_bytes();
         let life = u16::from_ne_bytes([64, proto]);
-        let difference =
-            u32::from(!old_length) + u32::from(length.to_be()) + u32::from(!old_life) + u32::from(life);
+        let difference = u32::from(!old_length) + u32::from(length.to_be()) + u32::from(!old_life) + u32::from(life);
         let old: u16 = skb.read(checksum)?;
         skb.write(checksum, rewrite::header_checksum(old, difference))?;
         skb.write(ETH_LEN + 2, length.to_be())?;

@@ -53,7 +53,9 @@ extern "C" fn route_look_up(skb: *mut __sk_buff, work: *mut Work, new: u32, ifin
     route[1] = u32::from(tuple.dst_port.0);
     route[2] = ifindex;
     route[3] = 0;
-    let addresses = if v4 { [src[3], 0, 0, 0, dst[3], 0, 0, 0] } else {
+    let addresses = if v4 {
+        [src[3], 0, 0, 0, dst[3], 0, 0, 0]
+    } else {
         [src[0], src[1], src[2], src[3], dst[0], dst[1], dst[2], dst[3]]
     };
     let mut i = 0;
@@ -63,9 +65,8 @@ extern "C" fn route_look_up(skb: *mut __sk_buff, work: *mut Work, new: u32, ifin
     }
     route[12] = 0;
     // SAFETY: the context is valid; the buffer is the 64 bytes that the helper takes.
-    let result = unsafe {
-        helpers::bpf_fib_lookup(skb.cast::<c_void>(), route.as_mut_ptr().cast::<bpf_fib_lookup>(), 64, 0)
-    };
+    let result =
+        unsafe { helpers::bpf_fib_lookup(skb.cast::<c_void>(), route.as_mut_ptr().cast::<bpf_fib_lookup>(), 64, 0) };
     match result {
         0 | NO_NEIGHBOUR => found::WAY,
         FRAGMENTATION_NEEDED => {

@@ -2,17 +2,15 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST};
 use proxy_abi::flow::{provenance, state};
-use proxy_abi::{
-    DeviceEntry, FlowEntry, FlowKey, FrontendEntry, MacBytes, Proto, Reason, Stamp, Work,
-};
+use proxy_abi::{DeviceEntry, FlowEntry, FlowKey, FrontendEntry, MacBytes, Proto, Reason, Stamp, Work};
 use proxy_ebpf::packet::Parsed;
 use proxy_ebpf::{balance, conntrack};
 
 use crate::ctx::{Skb, copy, copy_flow, copy_mac, forget, write_key};
+use crate::flow;
 use crate::frontend::{self, choose, random, serves};
 use crate::maps::{DEVICE, FLOW_BRIEF, FLOW_LIVE, LOCAL_POD};
 use crate::route::{self, found};
-use crate::flow;
 
 /// What inserting with BPF_NOEXIST says about a key that is there.
 const EEXIST: i32 = -17;
@@ -288,11 +286,8 @@ extern "C" fn service_finish(work: *mut Work, proto_family: u32, side: u32, mode
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn service_path(skb: *mut __sk_buff, work: *mut Work, device: *const DeviceEntry, meta: u32) -> u32 {
-    const PATH: u16 = FlowEntry::REDIRECT
-        | FlowEntry::SWITCH
-        | FlowEntry::HAIRPIN
-        | FlowEntry::ROUTED
-        | FlowEntry::MASQUERADED;
+    const PATH: u16 =
+        FlowEntry::REDIRECT | FlowEntry::SWITCH | FlowEntry::HAIRPIN | FlowEntry::ROUTED | FlowEntry::MASQUERADED;
     // SAFETY: as in `service_backend`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);

@@ -6,9 +6,7 @@
 use aya_ebpf::bindings::{BPF_ANY, bpf_sock_addr};
 use aya_ebpf::helpers;
 use core::ffi::c_void;
-use proxy_abi::{
-    FrontendEntry, FrontendKey, Hook, IpBytes, PortBe, PrefixKey, Proto, Reason, SocketEntry, SocketKey,
-};
+use proxy_abi::{FrontendEntry, FrontendKey, Hook, IpBytes, PortBe, PrefixKey, Proto, Reason, SocketEntry, SocketKey};
 use proxy_ebpf::balance;
 use proxy_ebpf::packet::Family;
 

@@ -90,6 +90,10 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
         let first = u32::from(parsed.fragment == Fragment::FIRST);
         let ports = fragment_ports(&parsed.tuple, parsed.fragment_id, u32::from(parsed.proto.0), first);
         if ports == u64::MAX {
+            if netdev {
+                // Whose it is cannot be known. If a Service's, the node's stack waits for a first fragment in vain.
+                return Outcome::pass(Reason::NotService);
+            }
             return Outcome::drop(Reason::FragmentBeforeFirst);
         }
         parsed.tuple.src_port = PortBe(ports as u16);
@@ -419,7 +423,9 @@ fn write<F: Family>(
     let (service, backend) = (plan.service, plan.backend);
     let mut redirect = forget(plan.redirect);
     let mut set_mac = forget(u32::from(plan.set_mac)) as u16;
-    if matches!(hook, Hook::FromPod | Hook::FromNetdev) && (set_mac == FlowEntry::ROUTED || netdev(hook) && redirect != 0) {
+    if matches!(hook, Hook::FromPod | Hook::FromNetdev)
+        && (set_mac == FlowEntry::ROUTED || netdev(hook) && redirect != 0)
+    {
         let way = way_out(skb, work, device, redirect, u32::from(parsed.proto.0));
         if way == found::NONE {
             return Outcome::drop(Reason::NoRoute).of(service, backend);
