@@ -115,7 +115,8 @@ pub struct NetDevice {
     pub addresses: Vec<IpAddr>,
     /// Packets from outside the node come in here: it gets programs.
     pub attach: bool,
-    /// Carries the pods' bridge addresses: NodePorts are served there only under `all`, as by kube-proxy.
+    /// Carries the pods' bridge addresses: NodePorts are served there only under `all` or a range that names them, as by
+    /// kube-proxy.
     pub pod_bridge: bool,
 }
 
@@ -139,6 +140,8 @@ pub struct PodLink {
     pub gateways: Vec<IpAddr>,
     /// Which way packets between two pods of the bridge may take.
     pub path: LinkPath,
+    /// MTU of the veth in bytes; 0 = not known.
+    pub mtu: u32,
 }
 
 /// Which way packets may take from and to a pod interface.

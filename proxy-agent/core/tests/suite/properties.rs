@@ -24,6 +24,10 @@ struct World {
     slices: BTreeMap<u8, SliceShape>,
     pods: BTreeMap<u8, PodShape>,
     zone: Option<u8>,
+    /// Addresses of two other interfaces; bit 7: a third address of the node.
+    devices: u8,
+    /// The first three external addresses are in a service range; the fourth is a pod's.
+    ranges: u8,
 }
 
 #[derive(Clone, Debug)]
@@ -31,6 +35,10 @@ struct ServiceShape {
     address: u8,
     families: u8,
     ports: u8,
+    /// Bits: NodePort, external address, load balancer, its sources, internal and external policy Local, affinity.
+    kind: u8,
+    /// Last number of the external address and of the load balancer's, added to the NodePort.
+    outside: (u8, u8),
 }
 
 #[derive(Clone, Debug)]
@@ -238,7 +246,7 @@ fn after(mut tables: Tables, desired: &Tables) -> Tables {
 
 /// Every version of every frontend that was ever meant.
 #[derive(Default)]
-struct History(BTreeMap<FrontendKey, Vec<(String, Vec<cluster::BackendMeaning>)>>);
+struct History(BTreeMap<FrontendKey, Vec<(String, u32, Vec<cluster::BackendMeaning>)>>);
 
 impl History {
     fn add(&mut self, meaning: &Meaning) {
@@ -252,8 +260,8 @@ impl History {
 
     /// Each step has only whole versions. A backend's flags change in place, so they are not compared.
     fn check(&self, steps: &[Meaning]) {
-        let bare = |(owner, backends): &(String, Vec<cluster::BackendMeaning>)| {
-            (owner.clone(), backends.iter().map(|(ip, port, proto, _)| (*ip, *port, *proto)).collect::<Vec<_>>())
+        let bare = |(owner, flags, backends): &(String, u32, Vec<cluster::BackendMeaning>)| {
+            (owner.clone(), *flags, backends.iter().map(|(ip, port, proto, _)| (*ip, *port, *proto)).collect::<Vec<_>>())
         };
         for (key, version) in steps.iter().flat_map(|step| &step.frontends) {
             let known = self.0.get(key).is_some_and(|versions| versions.iter().any(|v| bare(v) == bare(version)));
