@@ -386,6 +386,7 @@ impl Discovery {
                 addresses: self.bindings.bound(*index),
                 gateways,
                 path: path::path(link, bridge, peer.foreign),
+                mtu: 0,
             };
             Some((*index, pod_link))
         };

@@ -297,13 +297,7 @@ impl Compiler {
         self.room = true;
     }
 
-    fn claim(
-        &mut self,
-        key: proxy_abi::FrontendKey,
-        name: &ServicePortName,
-        cluster: bool,
-        tables: &mut TableDeltas,
-    ) {
+    fn claim(&mut self, key: proxy_abi::FrontendKey, name: &ServicePortName, cluster: bool, tables: &mut TableDeltas) {
         self.claims.hold(key, name.clone(), cluster);
         self.mark(key.ip, tables);
     }

@@ -256,7 +256,7 @@ impl FakeDataplane {
             (range.count == 0 || range.first != 0, "frontend over slot 0"),
             (range.count == 0 || range.end() <= self.capacity.slots, "frontend over slots out of range"),
             (range.slots().all(fits), "frontend over slots without a fitting backend"),
-            (free, "frontend over another frontend's slots"),
+            (!moved || free, "frontend over another frontend's slots"),
             (!moved || old.is_none_or(|old| old.generation != entry.generation), "switch without a new generation"),
             (entry.flags & MARKS == 0, "frontend with the flags of an address mark"),
             (

@@ -185,11 +185,8 @@ fn write_prefix(f: &mut fmt::Formatter<'_>, key: PrefixKey) -> fmt::Result {
     }
 }
 
-const BACKEND_FLAGS: [(u32, &str); 3] = [
-    (BackendEntry::LOCAL, "local"),
-    (BackendEntry::IN_CLUSTER, "in-cluster"),
-    (BackendEntry::IN_LOCAL, "in-local"),
-];
+const BACKEND_FLAGS: [(u32, &str); 3] =
+    [(BackendEntry::LOCAL, "local"), (BackendEntry::IN_CLUSTER, "in-cluster"), (BackendEntry::IN_LOCAL, "in-local")];
 
 const FRONTEND_FLAGS: [(u32, &str); 11] = [
     (FrontendEntry::MASQUERADE, "masquerade"),

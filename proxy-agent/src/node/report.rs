@@ -119,6 +119,7 @@ mod tests {
             addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
             gateways: vec![],
             path: LinkPath::Redirect,
+            mtu: 0,
         }
     }
 

@@ -23,8 +23,7 @@ pub(super) struct Marks {
 }
 
 /// The flags that an address has for being one of the node.
-const OF_NODE: u32 =
-    FrontendEntry::ADDRESS_NODE | FrontendEntry::ADDRESS_NODE_PORT | FrontendEntry::ADDRESS_LOOPBACK;
+const OF_NODE: u32 = FrontendEntry::ADDRESS_NODE | FrontendEntry::ADDRESS_NODE_PORT | FrontendEntry::ADDRESS_LOOPBACK;
 
 impl Marks {
     pub(super) fn len(&self) -> usize {
@@ -71,8 +70,7 @@ impl Compiler {
 }
 
 fn node_marks(state: &ClusterState, policy: &Policy) -> BTreeMap<IpBytes, u32> {
-    let localhost =
-        policy.localhost_node_ports || policy.node_port_addresses.contains(&NodePortAddresses::Localhost);
+    let localhost = policy.localhost_node_ports || policy.node_port_addresses.contains(&NodePortAddresses::Localhost);
     let primary = |family| state.node().addresses.iter().find(|ip| Family::of(**ip) == family);
     let primary = [primary(Family::V4), primary(Family::V6)];
     let serves = |ip: IpAddr| {

@@ -206,12 +206,7 @@ impl Compiler {
     }
 
     /// The frontends that the port may have.
-    fn wanted<'a>(
-        &mut self,
-        place: &Place<'a>,
-        name: &ServicePortName,
-        findings: &mut Vec<Diagnostic>,
-    ) -> Wanted<'a> {
+    fn wanted<'a>(&mut self, place: &Place<'a>, name: &ServicePortName, findings: &mut Vec<Diagnostic>) -> Wanted<'a> {
         let mut wanted = Wanted::default();
         for asked in place.addresses.asked(place.port) {
             if let Some(holder) = self.claims.holder(&asked.key).filter(|holder| *holder != name) {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::num::NonZeroU16;
 
 use proxy_abi::{BackendEntry, FrontendKey, IpBytes, MacBytes, PrefixKey};
-use proxy_core::event::{LinkPath, Node, PodLink};
+use proxy_core::event::{LinkPath, NetDevice, Node, PodLink};
 use proxy_core::name::ObjectName;
 use proxy_core::service::{Endpoint, EndpointPort, EndpointSlice, Protocol, Service, ServicePort};
 use proxy_core::tables::Tables;
@@ -101,6 +101,20 @@ pub(crate) fn link(ifindex: u32, addresses: &[&str]) -> PodLink {
         gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
         path: LinkPath::Redirect,
         mtu: 0,
+    }
+}
+
+/// An uplink with these addresses.
+pub(crate) fn device(ifindex: u32, addresses: &[&str]) -> NetDevice {
+    let low = u8::try_from(ifindex).expect("a small index");
+    NetDevice {
+        ifindex,
+        name: format!("eth{ifindex}").into(),
+        mac: MacBytes([2, 0, 0, 0, 2, low]),
+        mtu: 1500,
+        addresses: addresses.iter().map(|text| ip(text)).collect(),
+        attach: true,
+        pod_bridge: false,
     }
 }
 
