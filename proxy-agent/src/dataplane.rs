@@ -343,6 +343,7 @@ impl Maps {
             frontends: self.frontend.read()?.into_iter().collect(),
             devices: self.device.read()?.into_iter().collect(),
             local_pods: self.local_pod.read()?.into_iter().collect(),
+            prefixes: self.prefix.read()?.into_iter().collect(),
         })
     }
 }
@@ -375,6 +376,8 @@ impl Dataplane for Bpf {
             }
             Op::SetLocalPod(ip, entry) => self.maps.local_pod.set(ip, entry),
             Op::DeleteLocalPod(ip) => self.maps.local_pod.delete(ip).map(|_| ()),
+            Op::SetPrefix(key, value) => self.maps.prefix.set(key, value),
+            Op::DeletePrefix(key) => self.maps.prefix.delete(key).map(|_| ()),
         }
     }
 
@@ -393,6 +396,7 @@ impl Dataplane for Bpf {
             [Op::SetBackend(..), _, ..] => batch!(backend, SetBackend),
             [Op::SetSlot(..), _, ..] => batch!(slot, SetSlot),
             [Op::SetFrontend(..), _, ..] => batch!(frontend, SetFrontend),
+            [Op::SetPrefix(..), _, ..] => batch!(prefix, SetPrefix),
             _ => {}
         }
         ops.iter().map(|op| self.apply(op)).collect()

@@ -42,6 +42,7 @@ fn main() {
             listed(Source::EndpointSlices, "slice"),
             Event::Listed(Source::Node, Listing::Node),
             Event::Listed(Source::Links, Listing::Links(BTreeSet::new())),
+            Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(BTreeSet::new())),
         ])
         .collect();
     let mut reconciler = Reconciler::new(Settings::default());
@@ -87,8 +88,14 @@ fn service(n: u32) -> Service {
     Service {
         name: ObjectName::new("default", format!("svc-{n}")),
         cluster_ips: vec![IpAddr::V4(Ipv4Addr::from_bits(0x0a60_0001 + n))],
-        ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(80) }],
+        ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(80), node_port: None }],
         affinity_seconds: None,
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        internal_local: false,
+        external_local: false,
+        health_check_node_port: None,
     }
 }
 
@@ -108,6 +115,7 @@ fn slice(n: u32, endpoints: u32) -> EndpointSlice {
                 for_nodes: Vec::new(),
             })
             .collect(),
+        triggered: None,
     }
 }
 

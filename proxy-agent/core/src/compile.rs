@@ -4,7 +4,10 @@
 //!   Service port ── id ──▶ ServiceEntry
 //!     │  every endpoint that is ready or serving ── id, generation ──▶ BackendEntry   (flows on it stay valid)
 //!     │  those selected for new flows ──▶ a range of slots
-//!     └─ each cluster address ──▶ FrontendEntry over that range, plus one mark per address
+//!     │    cluster set, local set: see `select`
+//!     └─ each cluster address, external address, address of a load balancer, NodePort ──▶ FrontendEntry over a range of
+//!          its own; a second one for traffic from outside under externalTrafficPolicy Local
+//!   address ──▶ mark    interface ──▶ DeviceEntry    ServiceCIDR, pod ranges, allowed sources ──▶ PrefixKey
 //! ```
 //!
 //! What stays the same keeps its numbers: a backend keeps id and generation while service port, address, port and
@@ -19,28 +22,37 @@
 
 mod claims;
 mod link;
+mod marks;
+mod place;
 mod port;
+mod ranges;
 mod restore;
 mod retired;
+mod told;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use proxy_abi::capacity;
 
 use crate::address::AddressFault;
 use crate::diagnostic::{Diagnostic, Severity};
+use crate::facts::Facts;
 use crate::ids::{Generations, IdPool, RangePool};
 use crate::name::{ObjectName, ServicePortName};
 use crate::plan::TableDeltas;
+use crate::policy::Policy;
 use crate::service::Service;
 use crate::state::{Changed, ClusterState};
 
 use claims::Claims;
 use link::Links;
+use marks::Marks;
+use place::{Addresses, article};
 use port::Port;
+use ranges::Ranges;
 use retired::Retired;
+use told::Told;
 
 /// Number of entries of each map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +69,17 @@ pub struct Capacity {
     pub devices: u32,
     /// Pod addresses.
     pub local_pods: u32,
+    /// Address ranges.
+    pub prefixes: u32,
+}
+
+/// What a compilation changed beside the tables.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Compiled {
+    /// [`Compiler::findings`] gives another result.
+    pub findings: bool,
+    /// [`Compiler::facts`] gives another result.
+    pub facts: bool,
 }
 
 impl Default for Capacity {
@@ -68,6 +91,7 @@ impl Default for Capacity {
             frontends: capacity::FRONTEND,
             devices: capacity::DEVICE,
             local_pods: capacity::LOCAL_POD,
+            prefixes: capacity::PREFIX,
         }
     }
 }
@@ -76,8 +100,12 @@ impl Default for Capacity {
 #[derive(Clone, Debug)]
 pub struct Compiler {
     capacity: Capacity,
+    policy: Policy,
     pools: Pools,
     claims: Claims,
+    marks: Marks,
+    ranges: Ranges,
+    told: Told,
     retired: Retired,
     services: BTreeMap<ObjectName, BTreeMap<Arc<str>, Port>>,
     links: Links,
@@ -101,9 +129,10 @@ struct Pools {
 
 impl Compiler {
     /// With nothing compiled.
-    pub fn new(capacity: Capacity) -> Self {
+    pub fn new(capacity: Capacity, policy: Policy) -> Self {
         Self {
             capacity,
+            policy,
             pools: Pools {
                 services: IdPool::new(capacity.services),
                 backends: IdPool::new(capacity.backends),
@@ -111,6 +140,9 @@ impl Compiler {
                 generations: Generations::new(),
             },
             claims: Claims::default(),
+            marks: Marks::default(),
+            ranges: Ranges::default(),
+            told: Told::default(),
             retired: Retired::default(),
             services: BTreeMap::new(),
             links: Links::default(),
@@ -126,12 +158,34 @@ impl Compiler {
         self.services.keys()
     }
 
-    /// Compiles what changed, and what depends on it. True when findings changed.
+    /// Ids of the ports that a Service is compiled to.
+    pub fn ids_of(&self, service: &ObjectName) -> impl Iterator<Item = u32> {
+        self.services.get(service).into_iter().flatten().map(|(_, port)| port.id)
+    }
+
+    /// Did a Service find no room for all that it asks for?
+    pub fn is_starved(&self, service: &ObjectName) -> bool {
+        self.starved.contains(service)
+    }
+
+    /// What is told beside the tables.
+    pub const fn facts(&self) -> &Facts {
+        self.told.facts()
+    }
+
+    /// Compiles what changed, and what depends on it.
     ///
     /// Services with an id go first, by id, then the others by name: of two that want one frontend the older gets it,
     /// whatever the order of events, if none of them holds it yet.
-    pub fn compile(&mut self, state: &ClusterState, dirty: &Changed, tables: &mut TableDeltas) -> bool {
-        let mut changed = self.compile_links(state, &dirty.links, tables);
+    pub fn compile(&mut self, state: &ClusterState, dirty: &Changed, tables: &mut TableDeltas) -> Compiled {
+        if dirty.ranges {
+            self.compile_ranges(state, tables);
+        }
+        if dirty.addresses {
+            self.compile_marks(state, tables);
+        }
+        let findings = self.compile_links(state, &dirty.links, tables);
+        let mut changed = Compiled { findings, facts: false };
         for name in &dirty.services {
             self.leave_frontends(state, name, tables);
         }
@@ -141,7 +195,7 @@ impl Compiler {
             queue.extend(self.starved.iter().map(|name| self.ranked(name)));
         }
         while let Some((_, name)) = queue.pop_first() {
-            changed |= self.compile_service(state, &name, tables);
+            self.compile_service(state, &name, tables, &mut changed);
             for waiting in std::mem::take(&mut self.again) {
                 queue.insert(self.ranked(&waiting));
             }
@@ -190,15 +244,23 @@ impl Compiler {
         (ids.min().unwrap_or(u32::MAX), name.clone())
     }
 
-    /// Compiles one Service. True when its findings changed.
-    fn compile_service(&mut self, state: &ClusterState, name: &ObjectName, tables: &mut TableDeltas) -> bool {
+    /// Compiles one Service.
+    fn compile_service(
+        &mut self,
+        state: &ClusterState,
+        name: &ObjectName,
+        tables: &mut TableDeltas,
+        changed: &mut Compiled,
+    ) {
         self.claims.forget_waiting(name);
         self.starved.remove(name);
         let mut findings = Vec::new();
         let mut old = self.services.remove(name).unwrap_or_default();
         let mut new = BTreeMap::new();
         if let Some(service) = state.service(name) {
-            findings = findings_of(state, service);
+            let mut addresses = Addresses::of(state, &self.policy, service);
+            findings.append(&mut addresses.findings);
+            findings.extend(bad_endpoints(state, service));
             for (index, port) in service.ports.iter().enumerate() {
                 if service.ports.iter().take(index).any(|p| p.name == port.name) {
                     findings.push(error(
@@ -209,7 +271,7 @@ impl Compiler {
                     ));
                     continue;
                 }
-                let place = port::Place { state, service, index, port };
+                let place = port::Place { state, service, index, port, addresses: &addresses };
                 let compiled = self.compile_port(&place, old.remove(&port.name), tables, &mut findings);
                 if let Some(compiled) = compiled {
                     new.insert(Arc::clone(&port.name), compiled);
@@ -219,51 +281,31 @@ impl Compiler {
         for (port, compiled) in old {
             self.retire_port(&ServicePortName { service: name.clone(), port }, &compiled, tables);
         }
+        changed.facts |= self.told.tell(state, name, state.service(name), &new);
         if !new.is_empty() {
             self.services.insert(name.clone(), new);
         }
         let previous =
             if findings.is_empty() { self.findings.remove(name) } else { self.findings.insert(name.clone(), findings) };
-        previous.as_ref() != self.findings.get(name)
+        changed.findings |= previous.as_ref() != self.findings.get(name);
     }
 
     /// Lets a frontend go; whoever waited for it is compiled again.
     fn release_claim(&mut self, key: &proxy_abi::FrontendKey, tables: &mut TableDeltas) {
         self.again.extend(self.claims.release(key));
-        if !self.claims.holds_address(key.ip) {
-            tables.frontends.unwant(&proxy_abi::FrontendKey::address(key.ip));
-        }
+        self.mark(key.ip, tables);
         self.room = true;
     }
 
-    fn claim(&mut self, key: proxy_abi::FrontendKey, name: &ServicePortName, tables: &mut TableDeltas) {
-        self.claims.hold(key, name.clone());
-        tables.frontends.want(proxy_abi::FrontendKey::address(key.ip), claims::MARK);
+    fn claim(&mut self, key: proxy_abi::FrontendKey, name: &ServicePortName, cluster: bool, tables: &mut TableDeltas) {
+        self.claims.hold(key, name.clone(), cluster);
+        self.mark(key.ip, tables);
     }
 }
 
-/// Findings that do not depend on ports.
-fn findings_of(state: &ClusterState, service: &Service) -> Vec<Diagnostic> {
+/// Findings about the endpoints of a Service.
+fn bad_endpoints(state: &ClusterState, service: &Service) -> Vec<Diagnostic> {
     let mut findings = Vec::new();
-    for (index, ip) in service.cluster_ips.iter().enumerate() {
-        if let Some((problem, fix)) = cluster_address_fault(state, *ip) {
-            findings.push(error(
-                format!("Service {}", service.name),
-                format!("spec.clusterIPs[{index}]"),
-                problem,
-                fix,
-            ));
-        }
-    }
-    if service.affinity_seconds.is_some() {
-        findings.push(Diagnostic {
-            severity: Severity::Warning,
-            object: format!("Service {}", service.name),
-            field: "spec.sessionAffinity".to_owned(),
-            problem: "ClientIP is not supported; connections are balanced without affinity".to_owned(),
-            fix: "set it to None, or do not rely on it".to_owned(),
-        });
-    }
     for slice in state.slices_of(&service.name) {
         let mut bad = slice.endpoints.iter().enumerate().filter_map(|(index, endpoint)| {
             AddressFault::of(endpoint.address).map(|fault| (index, endpoint.address, fault))
@@ -282,35 +324,6 @@ fn findings_of(state: &ClusterState, service: &Service) -> Vec<Diagnostic> {
         }
     }
     findings
-}
-
-const fn article(fault: AddressFault) -> &'static str {
-    match fault {
-        AddressFault::Unspecified | AddressFault::Ipv4Mapped => "an",
-        AddressFault::Loopback | AddressFault::LinkLocal | AddressFault::Multicast | AddressFault::Broadcast => "a",
-    }
-}
-
-/// What keeps a cluster address from being a frontend, as problem and fix.
-fn cluster_address_fault(state: &ClusterState, ip: IpAddr) -> Option<(String, &'static str)> {
-    match AddressFault::of(ip) {
-        // A cluster range may be link-local: the address never leaves the node.
-        None | Some(AddressFault::LinkLocal) => {}
-        Some(fault) => {
-            return Some((
-                format!("{ip} is {} {fault} address; it is not served", article(fault)),
-                "use an address of the cluster's service range",
-            ));
-        }
-    }
-    if state.is_of_node(ip) {
-        return Some((format!("{ip} is an address of this node; it is not served"), "take it from one of the two"));
-    }
-    let link = state.holder(ip).and_then(|ifindex| state.link(ifindex))?;
-    Some((
-        format!("{ip} is the address of the pod behind {}; it is not served", link.name),
-        "keep the pod range and the service range apart",
-    ))
 }
 
 fn error(object: String, field: String, problem: String, fix: &str) -> Diagnostic {

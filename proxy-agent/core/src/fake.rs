@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use proxy_abi::{BackendEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry};
+use proxy_abi::{BackendEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PrefixKey};
 
 use crate::compile::Capacity;
 use crate::dataplane::Dataplane;
@@ -179,13 +179,43 @@ impl FakeDataplane {
             Op::DeleteService(id) => first_broken([
                 (*id == 0 || !tables.frontends.values().any(|f| f.service == *id), "a frontend leads to the service"),
                 (!tables.backends.values().any(|b| b.service == *id), "a backend belongs to the service"),
+                (!self.has_ranges(*id), "an address range belongs to the service"),
             ]),
             Op::DeleteDevice(ifindex) => first_broken([(
                 !tables.local_pods.values().any(|pod| pod.ifindex == *ifindex),
                 "a pod address is bound to the device",
             )]),
-            Op::DeleteFrontend(_) | Op::DeleteLocalPod(_) => None,
+            Op::SetPrefix(key, value) => first_broken([
+                (*value == 1, "address range with another value than 1"),
+                (prefix_bits(key).is_some(), "address range of no length"),
+                (is_global(key) || tables.services.contains_key(&key.scope), "address range of an absent service"),
+            ]),
+            Op::DeletePrefix(key) => {
+                let last = tables.prefixes.contains_key(key) && self.ranges(key.scope).count() == 1;
+                let filtered = |f: &FrontendEntry| {
+                    f.service == key.scope && f.flags & FrontendEntry::SOURCE_RANGES != 0 && !is_global(key)
+                };
+                first_broken([(!last || !tables.frontends.values().any(filtered), "the last range of a frontend")])
+            }
+            Op::DeleteFrontend(key) => {
+                let inner = tables.frontends.get(&FrontendKey { scope: FrontendKey::SCOPE_CLUSTER, ..*key });
+                let split = inner.is_some_and(|f| f.flags & FrontendEntry::EXTERNAL_SPLIT != 0);
+                first_broken([(
+                    key.scope != FrontendKey::SCOPE_EXTERNAL || !split,
+                    "another frontend points to the one for traffic from outside",
+                )])
+            }
+            Op::DeleteLocalPod(_) => None,
         }
+    }
+
+    /// Address ranges of a scope.
+    fn ranges(&self, scope: u32) -> impl Iterator<Item = &PrefixKey> {
+        self.tables.prefixes.keys().filter(move |key| key.scope == scope)
+    }
+
+    fn has_ranges(&self, scope: u32) -> bool {
+        self.ranges(scope).next().is_some()
     }
 
     fn broken_backend(&self, id: u32, entry: &BackendEntry) -> Option<&'static str> {
@@ -205,7 +235,10 @@ impl FakeDataplane {
         let tables = &self.tables;
         if *key == FrontendKey::address(key.ip) {
             let empty = entry.count == 0 && entry.first == 0 && entry.service == 0;
-            return first_broken([(empty, "address mark that leads somewhere")]);
+            return first_broken([
+                (empty, "address mark that leads somewhere"),
+                (entry.flags & MARKS != 0 && entry.flags & !MARKS == 0, "address mark with other flags"),
+            ]);
         }
         let range = SlotRange { first: entry.first, count: entry.count };
         let fits = |slot| {
@@ -223,8 +256,18 @@ impl FakeDataplane {
             (range.count == 0 || range.first != 0, "frontend over slot 0"),
             (range.count == 0 || range.end() <= self.capacity.slots, "frontend over slots out of range"),
             (range.slots().all(fits), "frontend over slots without a fitting backend"),
-            (free, "frontend over another frontend's slots"),
+            (!moved || free, "frontend over another frontend's slots"),
             (!moved || old.is_none_or(|old| old.generation != entry.generation), "switch without a new generation"),
+            (entry.flags & MARKS == 0, "frontend with the flags of an address mark"),
+            (
+                entry.flags & FrontendEntry::EXTERNAL_SPLIT == 0
+                    || tables.frontends.contains_key(&FrontendKey { scope: FrontendKey::SCOPE_EXTERNAL, ..*key }),
+                "no frontend for traffic from outside",
+            ),
+            (
+                entry.flags & FrontendEntry::SOURCE_RANGES == 0 || self.has_ranges(entry.service),
+                "frontend for sources that nobody named",
+            ),
         ])
     }
 
@@ -246,6 +289,7 @@ impl FakeDataplane {
             Op::SetLocalPod(ip, _) => {
                 full(tables.local_pods.contains_key(ip), tables.local_pods.len(), capacity.local_pods)
             }
+            Op::SetPrefix(key, _) => full(tables.prefixes.contains_key(key), tables.prefixes.len(), capacity.prefixes),
             // Arrays have every index from the start.
             Op::SetBackend(..)
             | Op::SetSlot(..)
@@ -254,7 +298,8 @@ impl FakeDataplane {
             | Op::DeleteSlot(_)
             | Op::DeleteFrontend(_)
             | Op::DeleteDevice(_)
-            | Op::DeleteLocalPod(_) => false,
+            | Op::DeleteLocalPod(_)
+            | Op::DeletePrefix(_) => false,
         }
     }
 
@@ -286,10 +331,12 @@ impl FakeDataplane {
             | Op::SetBackend(..)
             | Op::SetDevice(..)
             | Op::SetLocalPod(..)
+            | Op::SetPrefix(..)
             | Op::DeleteService(_)
             | Op::DeleteBackend(_)
             | Op::DeleteDevice(_)
-            | Op::DeleteLocalPod(_) => {}
+            | Op::DeleteLocalPod(_)
+            | Op::DeletePrefix(_) => {}
         }
         self.tables.apply(op);
     }
@@ -329,6 +376,23 @@ impl fmt::Debug for FakeDataplane {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FakeDataplane").field("now", &self.now).field("tables", &self.tables).finish_non_exhaustive()
     }
+}
+
+/// The flags of address marks.
+const MARKS: u32 = FrontendEntry::ADDRESS_REJECT
+    | FrontendEntry::ADDRESS_NODE_PORT
+    | FrontendEntry::ADDRESS_NODE
+    | FrontendEntry::ADDRESS_LOOPBACK;
+
+/// Does the range belong to no service port?
+const fn is_global(key: &PrefixKey) -> bool {
+    key.scope == PrefixKey::SERVICE_CIDR || key.scope == PrefixKey::LOCAL_SOURCE
+}
+
+/// Significant bits of the address of a range; `None` when its length is none of its family.
+const fn prefix_bits(key: &PrefixKey) -> Option<u32> {
+    let before = if key.ip.is_v4() { 128 } else { 32 };
+    if key.length < before || key.length > 160 { None } else { Some(key.length - before) }
 }
 
 /// The range of a frontend that has one.

@@ -1,9 +1,12 @@
 //! From the difference of two tables to operations, in an order that is safe after each one of them.
 //!
 //! ```text
-//!   set:     service ─▶ backend ─▶ slot    device ─▶ local_pod    then frontend: the switch
-//!   delete:  frontend ─▶ slot ─▶ backend    local_pod ─▶ device    service last
+//!   set:     service ─▶ backend ─▶ slot    device ─▶ local_pod    prefix    then frontend: the switch
+//!   delete:  frontend ─▶ prefix    slot ─▶ backend    local_pod ─▶ device    service last
 //! ```
+//!
+//! Of two frontends that belong together, the one for traffic from outside is set before the one that points to it, and
+//! goes after it.
 //!
 //! What refers comes after what it refers to, and goes before it. A frontend is not switched while a slot or backend of
 //! its range, or its service, is not certain to be written; nothing is deleted that a row in doubt may still refer to.
@@ -13,7 +16,9 @@
 
 use std::collections::BTreeSet;
 
-use proxy_abi::{BackendEntry, DeviceEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, ServiceEntry};
+use proxy_abi::{
+    BackendEntry, DeviceEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PrefixKey, ServiceEntry,
+};
 
 use crate::delta::Delta;
 use crate::ids::SlotRange;
@@ -30,10 +35,12 @@ pub struct TableDeltas {
     pub slots: Delta<u32, u32>,
     /// Frontend → range of slots.
     pub frontends: Delta<FrontendKey, FrontendEntry>,
-    /// Interface index → pod interface.
+    /// Interface index → interface.
     pub devices: Delta<u32, DeviceEntry>,
     /// Pod address → pod interface.
     pub local_pods: Delta<IpBytes, LocalPodEntry>,
+    /// Address range under a scope → 1.
+    pub prefixes: Delta<PrefixKey, u32>,
 }
 
 /// One kind of operation. Those of one phase do not depend on each other.
@@ -49,10 +56,18 @@ pub enum Phase {
     SetDevices,
     /// Pod addresses.
     SetLocalPods,
+    /// Address ranges.
+    SetPrefixes,
+    /// Frontends for traffic from outside.
+    SetOutsideFrontends,
     /// The switch.
     SetFrontends,
     /// Frontends.
     DeleteFrontends,
+    /// Frontends for traffic from outside.
+    DeleteOutsideFrontends,
+    /// Address ranges.
+    DeletePrefixes,
     /// Slots.
     DeleteSlots,
     /// Backends.
@@ -67,14 +82,18 @@ pub enum Phase {
 
 impl Phase {
     /// All, in the safe order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 16] = [
         Self::SetServices,
         Self::SetBackends,
         Self::SetSlots,
         Self::SetDevices,
         Self::SetLocalPods,
+        Self::SetPrefixes,
+        Self::SetOutsideFrontends,
         Self::SetFrontends,
         Self::DeleteFrontends,
+        Self::DeleteOutsideFrontends,
+        Self::DeletePrefixes,
         Self::DeleteSlots,
         Self::DeleteBackends,
         Self::DeleteLocalPods,
@@ -107,18 +126,20 @@ impl TableDeltas {
             frontends: Delta::new(desired.frontends, actual.frontends),
             devices: Delta::new(desired.devices, actual.devices),
             local_pods: Delta::new(desired.local_pods, actual.local_pods),
+            prefixes: Delta::new(desired.prefixes, actual.prefixes),
         }
     }
 
     /// The dataplane is now known to hold exactly this.
     pub fn load(&mut self, actual: Tables) {
-        let Tables { services, backends, slots, frontends, devices, local_pods } = actual;
+        let Tables { services, backends, slots, frontends, devices, local_pods, prefixes } = actual;
         self.services.load(services);
         self.backends.load(backends);
         self.slots.load(slots);
         self.frontends.load(frontends);
         self.devices.load(devices);
         self.local_pods.load(local_pods);
+        self.prefixes.load(prefixes);
     }
 
     /// A copy of the desired rows.
@@ -130,6 +151,7 @@ impl TableDeltas {
             frontends: self.frontends.desired().clone(),
             devices: self.devices.desired().clone(),
             local_pods: self.local_pods.desired().clone(),
+            prefixes: self.prefixes.desired().clone(),
         }
     }
 
@@ -141,6 +163,16 @@ impl TableDeltas {
             + self.frontends.pending_len()
             + self.devices.pending_len()
             + self.local_pods.pending_len()
+            + self.prefixes.pending_len()
+    }
+
+    /// Service ports with a frontend or backend that is not certain to be as desired.
+    pub fn open_services(&self) -> BTreeSet<u32> {
+        let mut open = self.doubtful_services();
+        open.extend(self.frontends.pending().filter_map(|(_, entry)| Some(entry?.service)));
+        open.extend(self.backends.unsettled().map(|entry| entry.service));
+        open.extend(self.backends.pending().filter_map(|(_, entry)| Some(entry?.service)));
+        open
     }
 
     /// Operations of a phase whose referents are in place. Costs what is pending, not what is there.
@@ -153,8 +185,22 @@ impl TableDeltas {
             Phase::SetSlots => set(&self.slots, |_, backend| self.backends.present(backend), Op::SetSlot),
             Phase::SetDevices => set(&self.devices, |_, _| true, Op::SetDevice),
             Phase::SetLocalPods => set(&self.local_pods, |_, pod| self.devices.present(&pod.ifindex), Op::SetLocalPod),
-            Phase::SetFrontends => self.ready_frontends(),
+            Phase::SetPrefixes => {
+                let owned = |key: &PrefixKey, _: &u32| !is_of_service(key) || self.services.present(&key.scope);
+                set(&self.prefixes, owned, Op::SetPrefix)
+            }
+            Phase::SetOutsideFrontends => self.ready_frontends(true),
+            Phase::SetFrontends => self.ready_frontends(false),
             Phase::DeleteFrontends => self.doomed_frontends(),
+            Phase::DeleteOutsideFrontends => {
+                let split = |entry: &FrontendEntry| entry.flags & FrontendEntry::EXTERNAL_SPLIT != 0;
+                let unused = |key: &FrontendKey| is_outside(key) && !self.frontends.possible(&inside(key)).any(split);
+                delete(&self.frontends, unused, Op::DeleteFrontend)
+            }
+            Phase::DeletePrefixes => {
+                let doubtful = self.doubtful_services();
+                delete(&self.prefixes, |key| !doubtful.contains(&key.scope), Op::DeletePrefix)
+            }
             Phase::DeleteSlots => {
                 let doubtful = self.doubtful_ranges();
                 delete(&self.slots, |slot| !doubtful.iter().any(|r| r.slots().contains(slot)), Op::DeleteSlot)
@@ -172,6 +218,7 @@ impl TableDeltas {
             Phase::DeleteServices => {
                 let mut doubtful = self.doubtful_services();
                 doubtful.extend(self.backends.unsettled().map(|backend| backend.service));
+                doubtful.extend(self.prefixes.pending().map(|(key, _)| key.scope));
                 delete(&self.services, |id| !doubtful.contains(id), Op::DeleteService)
             }
         }
@@ -192,6 +239,8 @@ impl TableDeltas {
             Op::DeleteDevice(ifindex) => self.devices.succeeded(ifindex, None),
             Op::SetLocalPod(ip, entry) => self.local_pods.succeeded(ip, Some(*entry)),
             Op::DeleteLocalPod(ip) => self.local_pods.succeeded(ip, None),
+            Op::SetPrefix(key, value) => self.prefixes.succeeded(key, Some(*value)),
+            Op::DeletePrefix(key) => self.prefixes.succeeded(key, None),
         }
     }
 
@@ -210,6 +259,8 @@ impl TableDeltas {
             Op::DeleteDevice(ifindex) => self.devices.failed(ifindex, None),
             Op::SetLocalPod(ip, entry) => self.local_pods.failed(ip, Some(*entry)),
             Op::DeleteLocalPod(ip) => self.local_pods.failed(ip, None),
+            Op::SetPrefix(key, value) => self.prefixes.failed(key, Some(*value)),
+            Op::DeletePrefix(key) => self.prefixes.failed(key, None),
         }
     }
 
@@ -222,15 +273,25 @@ impl TableDeltas {
             Row::Frontend(key) => self.frontends.settled(key),
             Row::Device(ifindex) => self.devices.settled(ifindex),
             Row::LocalPod(ip) => self.local_pods.settled(ip),
+            Row::Prefix(key) => self.prefixes.settled(key),
         }
     }
 
-    /// Address marks come after the frontends of their address: a mark alone makes its address drop everything.
-    fn ready_frontends(&self) -> Vec<Op> {
-        let complete = |_: &FrontendKey, entry: &FrontendEntry| {
+    /// Frontends of either kind whose referents are in place. Address marks come last: a refusal alone makes its address
+    /// refuse everything.
+    fn ready_frontends(&self, outside: bool) -> Vec<Op> {
+        let waiting: BTreeSet<u32> =
+            self.prefixes.pending().filter(|(_, value)| value.is_some()).map(|(key, _)| key.scope).collect();
+        let complete = |key: &FrontendKey, entry: &FrontendEntry| {
             let named = entry.service == 0 || self.services.present(&entry.service);
             let slots = SlotRange { first: entry.first, count: entry.count }.slots();
-            named && slots.into_iter().all(|slot| self.slot_is_complete(slot))
+            let ranges = entry.flags & FrontendEntry::SOURCE_RANGES == 0 || !waiting.contains(&entry.service);
+            let split = entry.flags & FrontendEntry::EXTERNAL_SPLIT == 0 || self.frontends.present(&twin(key));
+            is_outside(key) == outside
+                && named
+                && ranges
+                && split
+                && slots.into_iter().all(|slot| self.slot_is_complete(slot))
         };
         let mut ops = set(&self.frontends, complete, Op::SetFrontend);
         ops.sort_by_key(is_mark);
@@ -239,7 +300,7 @@ impl TableDeltas {
 
     /// Address marks go before the frontends of their address, for the same reason.
     fn doomed_frontends(&self) -> Vec<Op> {
-        let mut ops = delete(&self.frontends, |_| true, Op::DeleteFrontend);
+        let mut ops = delete(&self.frontends, |key| !is_outside(key), Op::DeleteFrontend);
         ops.sort_by_key(|op| !is_mark(op));
         ops
     }
@@ -280,4 +341,24 @@ fn delete<K: Ord + Copy, V: PartialEq + Copy>(
 
 fn is_mark(op: &Op) -> bool {
     matches!(op.row(), Row::Frontend(key) if key == FrontendKey::address(key.ip))
+}
+
+/// Is it for traffic from outside alone?
+const fn is_outside(key: &FrontendKey) -> bool {
+    key.scope == FrontendKey::SCOPE_EXTERNAL
+}
+
+/// The frontend for traffic from outside beside one for all traffic.
+const fn twin(key: &FrontendKey) -> FrontendKey {
+    FrontendKey { scope: FrontendKey::SCOPE_EXTERNAL, ..*key }
+}
+
+/// The reverse of [`twin`].
+const fn inside(key: &FrontendKey) -> FrontendKey {
+    FrontendKey { scope: FrontendKey::SCOPE_CLUSTER, ..*key }
+}
+
+/// Does the range belong to a service port?
+const fn is_of_service(key: &PrefixKey) -> bool {
+    key.scope != PrefixKey::SERVICE_CIDR && key.scope != PrefixKey::LOCAL_SOURCE
 }

@@ -6,16 +6,20 @@ use crate::compile::{Capacity, Compiler};
 use crate::dataplane::Dataplane;
 use crate::diagnostic::Diagnostic;
 use crate::event::{Event, Source};
+use crate::facts::Facts;
 use crate::name::ObjectName;
 use crate::plan::{Phase, TableDeltas};
+use crate::policy::Policy;
 use crate::state::{Changed, ClusterState};
 use crate::tables::{Op, Row, Tables};
 
-/// Numbers that the reconciler lives by; times in milliseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What the reconciler lives by; times in milliseconds.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// Number of entries of each map.
     pub capacity: Capacity,
+    /// What the operator decided about Services.
+    pub policy: Policy,
     /// How long a program may act on what it read: ids and slots wait this long before they are used again. Programs
     /// run for microseconds.
     pub grace: u64,
@@ -27,7 +31,13 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { capacity: Capacity::default(), grace: 500, first_retry: 50, last_retry: 10_000 }
+        Self {
+            capacity: Capacity::default(),
+            policy: Policy::default(),
+            grace: 500,
+            first_retry: 50,
+            last_retry: 10_000,
+        }
     }
 }
 
@@ -43,6 +53,10 @@ pub struct Reconciler {
     /// Rows whose last operation failed.
     retries: BTreeMap<Row, Retry>,
     load_retry: Option<Retry>,
+    /// Changes of slices that are not certain to be in the dataplane: the Service, and when each began.
+    triggered: Vec<(ObjectName, u64)>,
+    service_changes: u64,
+    endpoint_changes: u64,
 }
 
 /// How far the reconciler has come with what it found.
@@ -77,27 +91,61 @@ pub struct SyncReport<E> {
     pub retry_at: Option<u64>,
     /// [`Reconciler::diagnostics`] gives another result than before this call and the events before it.
     pub diagnostics_changed: bool,
+    /// [`Reconciler::facts`] gives another result than before this call.
+    pub facts_changed: bool,
+    /// When changes began that the dataplane holds in full as of this call, in milliseconds since 1970: the
+    /// [`triggered`](crate::service::EndpointSlice::triggered) of their slices. What was there at the start is not told:
+    /// nobody knows when it was done.
+    pub programmed: Vec<u64>,
+    /// Changes of Services that this call took up.
+    pub service_changes: u64,
+    /// Changes of slices that this call took up.
+    pub endpoint_changes: u64,
 }
 
 impl Reconciler {
     /// Knows nothing yet.
     pub fn new(settings: Settings) -> Self {
+        let compiler = Compiler::new(settings.capacity, settings.policy.clone());
         Self {
             settings,
             state: ClusterState::default(),
-            compiler: Compiler::new(settings.capacity),
+            compiler,
             tables: TableDeltas::default(),
             dirty: Changed::default(),
             phase: Adoption::Pending,
             retries: BTreeMap::new(),
             load_retry: None,
+            triggered: Vec::new(),
+            service_changes: 0,
+            endpoint_changes: 0,
         }
     }
 
     /// Takes an event in. True when it changed something, and a [`Self::sync`] is due.
     pub fn handle(&mut self, event: Event) -> bool {
+        let known = self.state.counts();
+        let (of_service, of_slice) = match &event {
+            Event::Service(_) | Event::ServiceGone(_) => (true, false),
+            Event::Slice(_) | Event::SliceGone(_) => (false, true),
+            _ => (false, false),
+        };
+        let trigger = match &event {
+            Event::Slice(slice) if self.phase != Adoption::Pending => {
+                slice.triggered.map(|at| (slice.service.clone(), at))
+            }
+            _ => None,
+        };
         let changed = self.state.apply(event);
         let due = !changed.is_empty();
+        if due {
+            // A listing changes as many as it says are gone.
+            let gone = |before: usize, after: usize| u64::try_from(before.saturating_sub(after)).unwrap_or(u64::MAX);
+            let now = self.state.counts();
+            self.service_changes += if of_service { 1 } else { gone(known.0, now.0) };
+            self.endpoint_changes += if of_slice { 1 } else { gone(known.1, now.1) };
+            self.triggered.extend(trigger);
+        }
         self.dirty.merge(changed);
         due
     }
@@ -121,6 +169,10 @@ impl Reconciler {
             pending: 0,
             retry_at: None,
             diagnostics_changed: std::mem::take(&mut self.dirty.findings),
+            facts_changed: false,
+            programmed: Vec::new(),
+            service_changes: 0,
+            endpoint_changes: 0,
         };
         if !self.state.synced() {
             return report;
@@ -142,18 +194,28 @@ impl Reconciler {
             }
         }
         if self.dirty.readable {
-            self.all_services_are_dirty();
+            self.everything_is_dirty();
         }
         self.compiler.release(&mut self.tables, now, self.settings.grace);
         let dirty = std::mem::take(&mut self.dirty);
-        report.diagnostics_changed |= self.compiler.compile(&self.state, &dirty, &mut self.tables);
+        let compiled = self.compiler.compile(&self.state, &dirty, &mut self.tables);
+        report.diagnostics_changed |= compiled.findings;
+        report.facts_changed = compiled.facts;
+        report.service_changes = std::mem::take(&mut self.service_changes);
+        report.endpoint_changes = std::mem::take(&mut self.endpoint_changes);
         for phase in Phase::ALL {
             self.run(phase, dataplane, now, &mut report);
         }
         self.compiler.settle(&self.tables, now);
         report.pending = self.tables.pending_len();
+        report.programmed = self.programmed();
         report.retry_at = self.next_due(now);
         report
+    }
+
+    /// What servers and metrics tell of Services: as of the last [`Self::sync`].
+    pub fn facts(&self) -> Facts {
+        self.compiler.facts().clone()
     }
 
     /// The desired tables, as a copy.
@@ -201,9 +263,12 @@ impl Reconciler {
                     let all = self.state.services().map(|service| service.name.clone());
                     self.dirty.services = all.filter(|name| !held.contains(name)).collect();
                 } else {
-                    self.all_services_are_dirty();
+                    self.everything_is_dirty();
                 }
+                self.dirty.ranges = true;
+                self.dirty.addresses = true;
                 self.dirty.links.extend(self.state.links().map(|link| link.ifindex));
+                self.dirty.links.extend(self.state.devices().map(|device| device.ifindex));
             }
             Adoption::Done | Adoption::Reload => self.tables.load(actual),
         }
@@ -211,10 +276,28 @@ impl Reconciler {
         self.load_retry = None;
     }
 
-    /// Those of the state, and those that only the maps know.
-    fn all_services_are_dirty(&mut self) {
+    /// Services of the state and those that only the maps know, ranges and addresses.
+    fn everything_is_dirty(&mut self) {
+        self.dirty.ranges = true;
+        self.dirty.addresses = true;
         self.dirty.services.extend(self.state.services().map(|service| service.name.clone()));
         self.dirty.services.extend(self.compiler.compiled().cloned());
+    }
+
+    /// Takes out the triggers of those changes that are in the dataplane for certain.
+    fn programmed(&mut self) -> Vec<u64> {
+        if self.triggered.is_empty() {
+            return Vec::new();
+        }
+        let open = self.tables.open_services();
+        let compiler = &self.compiler;
+        let done = |service: &ObjectName| {
+            !compiler.is_starved(service) && compiler.ids_of(service).all(|id| !open.contains(&id))
+        };
+        let (done, waiting) = std::mem::take(&mut self.triggered).into_iter().partition(|(service, _)| done(service));
+        self.triggered = waiting;
+        let done: Vec<(ObjectName, u64)> = done;
+        done.into_iter().map(|(_, at)| at).collect()
     }
 
     fn run<D: Dataplane>(&mut self, phase: Phase, dataplane: &mut D, now: u64, report: &mut SyncReport<D::Error>) {

@@ -2,7 +2,11 @@
 //!
 //! ```text
 //!   cluster = { ready, and named by the topology hints }   if none: { serving and terminating }, hints aside
+//!   local   = { ready, on this node }                      if none: { serving and terminating, on this node }
 //! ```
+//!
+//! The Service has endpoints at all (`hasAnyEndpoints`) exactly when the cluster set is not empty: a hint level that
+//! applies leaves at least one ready endpoint.
 //!
 //! Hints (per service port, evaluated per node; `spec.trafficDistribution` is the controller's business):
 //!
@@ -40,6 +44,8 @@ pub struct Target {
     pub local: bool,
     /// Member of the set for traffic policy `Cluster`.
     pub cluster: bool,
+    /// Member of the set for traffic policy `Local`.
+    pub local_set: bool,
 }
 
 /// Level of the topology hints that applies.
@@ -70,15 +76,19 @@ pub fn select<'a>(
     let candidates = candidates(slices, port, family);
     let topology = topology(&candidates, here);
     let ready = |c: &Candidate<'_>| c.endpoint.ready && names(topology, c.endpoint);
+    let local = |c: &Candidate<'_>| !here.node.is_empty() && c.endpoint.node.as_deref() == Some(here.node);
+    let draining = |c: &Candidate<'_>| c.endpoint.serving && c.endpoint.terminating;
     let any_ready = candidates.iter().any(ready);
+    let any_ready_local = candidates.iter().any(|c| c.endpoint.ready && local(c));
     candidates
         .iter()
         .filter(|c| c.endpoint.ready || c.endpoint.serving)
         .map(|c| Target {
             address: c.address,
             port: c.port,
-            local: !here.node.is_empty() && c.endpoint.node.as_deref() == Some(here.node),
-            cluster: if any_ready { ready(c) } else { c.endpoint.serving && c.endpoint.terminating },
+            local: local(c),
+            cluster: if any_ready { ready(c) } else { draining(c) },
+            local_set: local(c) && if any_ready_local { c.endpoint.ready } else { draining(c) },
         })
         .collect()
 }

@@ -79,6 +79,9 @@ pub struct EndpointSlice {
     pub ports: Vec<EndpointPort>,
     /// `endpoints`.
     pub endpoints: Vec<Endpoint>,
+    /// When the change began that the slice tells of, in milliseconds since 1970: its annotation
+    /// `endpoints.kubernetes.io/last-change-trigger-time`.
+    pub triggered: Option<u64>,
 }
 
 /// One entry of a slice's `ports`.

@@ -27,10 +27,16 @@ pub struct ClusterState {
     slices_of: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
     /// Cluster address → Services that name it.
     services_at: BTreeMap<IpAddr, BTreeSet<ObjectName>>,
+    /// External address or that of a load balancer → Services that name it.
+    outside_at: BTreeMap<IpAddr, BTreeSet<ObjectName>>,
+    /// Services that let in only some sources.
+    ranged: BTreeSet<ObjectName>,
     /// Pod address → interfaces that have it; the first one holds it.
     links_at: BTreeMap<IpAddr, BTreeSet<u32>>,
     /// Address of a bridge → interfaces whose pods have it for a gateway.
     gateway_of: BTreeMap<IpAddr, BTreeSet<u32>>,
+    /// Address of another interface → those that have it.
+    devices_at: BTreeMap<IpAddr, BTreeSet<u32>>,
 }
 
 /// What an event changed: the objects whose meaning may now be another. Empty when the event said nothing new.
@@ -38,8 +44,12 @@ pub struct ClusterState {
 pub struct Changed {
     /// Services, by their own change or that of a slice, an address or the node.
     pub services: BTreeSet<ObjectName>,
-    /// Interfaces.
+    /// Interfaces, pods' and others.
     pub links: BTreeSet<u32>,
+    /// Addresses of the node.
+    pub addresses: bool,
+    /// Address ranges: of Services, of this node's pods.
+    pub ranges: bool,
     /// Findings of the sources.
     pub findings: bool,
     /// A source has been listed for the first time.
@@ -58,6 +68,8 @@ impl Changed {
     pub fn merge(&mut self, other: Self) {
         self.services.extend(other.services);
         self.links.extend(other.links);
+        self.addresses |= other.addresses;
+        self.ranges |= other.ranges;
         self.findings |= other.findings;
         self.listed |= other.listed;
         self.readable |= other.readable;
@@ -122,9 +134,48 @@ impl ClusterState {
         self.links_at.get(&address).and_then(BTreeSet::first).copied()
     }
 
-    /// Is it an address of this node: one that the Node object names, or that of a bridge?
+    /// An interface that is not a pod's.
+    pub fn device(&self, ifindex: u32) -> Option<&NetDevice> {
+        self.devices.get(&ifindex)
+    }
+
+    /// All interfaces that are not pods'.
+    pub fn devices(&self) -> impl Iterator<Item = &NetDevice> {
+        self.devices.values()
+    }
+
+    /// Is it an address of this node: one that the Node object names, or that of a pods' bridge?
+    ///
+    /// Not those of other interfaces: kube-proxy in IPVS mode, and a DNS cache of the node, put cluster addresses on
+    /// interfaces of their own.
     pub fn is_of_node(&self, address: IpAddr) -> bool {
         self.node.addresses.contains(&address) || self.gateway_of.contains_key(&address)
+    }
+
+    /// As [`Self::is_of_node`], or the address of any interface of the node that is not a pod's.
+    pub fn is_on_node(&self, address: IpAddr) -> bool {
+        self.is_of_node(address) || self.devices_at.contains_key(&address)
+    }
+
+    /// All of them, each once.
+    pub fn node_addresses(&self) -> BTreeSet<IpAddr> {
+        let named = self.node.addresses.iter();
+        named.chain(self.gateway_of.keys()).chain(self.devices_at.keys()).copied().collect()
+    }
+
+    /// A Service that has this cluster address.
+    pub fn cluster_address_of(&self, address: IpAddr) -> Option<&ObjectName> {
+        self.services_at.get(&address).and_then(BTreeSet::first)
+    }
+
+    /// All ranges that cluster addresses are taken from, by the name of their ServiceCIDR.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = (&Arc<str>, &[IpNet])> {
+        self.service_cidrs.iter().map(|(name, ranges)| (name, ranges.as_slice()))
+    }
+
+    /// Number of Services, and of slices.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.services.len(), self.slices.len())
     }
 
     /// Findings of the sources, by object.
@@ -147,18 +198,10 @@ impl ClusterState {
             Event::Node(node) => self.set_node(node, &mut changed),
             Event::Link(link) => self.set_link(link, &mut changed),
             Event::LinkGone(ifindex) => self.remove_link(ifindex, &mut changed),
-            Event::Device(device) => {
-                self.devices.insert(device.ifindex, device);
-            }
-            Event::DeviceGone(ifindex) => {
-                self.devices.remove(&ifindex);
-            }
-            Event::ServiceCidr(name, ranges) => {
-                self.service_cidrs.insert(name, ranges);
-            }
-            Event::ServiceCidrGone(name) => {
-                self.service_cidrs.remove(&name);
-            }
+            Event::Device(device) => self.set_device(device, &mut changed),
+            Event::DeviceGone(ifindex) => self.remove_device(ifindex, &mut changed),
+            Event::ServiceCidr(name, ranges) => self.set_service_cidr(name, ranges, &mut changed),
+            Event::ServiceCidrGone(name) => self.remove_service_cidr(&name, &mut changed),
             Event::Diagnostics { object, findings } => self.set_findings(&object, findings, &mut changed),
             Event::Unreadable(unreadable) => {
                 changed.readable = self.unreadable && !unreadable;
@@ -176,6 +219,13 @@ impl ClusterState {
         self.remove_service(&service.name, changed);
         for ip in &service.cluster_ips {
             self.services_at.entry(*ip).or_default().insert(service.name.clone());
+            self.touch_outside(*ip, changed);
+        }
+        for ip in service.external_ips.iter().chain(&service.load_balancer_ips) {
+            self.outside_at.entry(*ip).or_default().insert(service.name.clone());
+        }
+        if !service.source_ranges.is_empty() {
+            self.ranged.insert(service.name.clone());
         }
         changed.services.insert(service.name.clone());
         self.services.insert(service.name.clone(), service);
@@ -185,7 +235,12 @@ impl ClusterState {
         let Some(service) = self.services.remove(name) else { return };
         for ip in &service.cluster_ips {
             unindex(&mut self.services_at, ip, name);
+            self.touch_outside(*ip, changed);
         }
+        for ip in service.external_ips.iter().chain(&service.load_balancer_ips) {
+            unindex(&mut self.outside_at, ip, name);
+        }
+        self.ranged.remove(name);
         changed.services.insert(service.name);
     }
 
@@ -210,43 +265,126 @@ impl ClusterState {
         if old.name != self.node.name || old.zone != self.node.zone {
             // Which endpoints are local, and which hints apply, may be another for every Service.
             changed.services.extend(self.services.keys().cloned());
-        } else {
-            let old: BTreeSet<_> = old.addresses.into_iter().collect();
-            let new: BTreeSet<_> = self.node.addresses.iter().copied().collect();
-            for address in old.symmetric_difference(&new) {
+        }
+        if old.addresses != self.node.addresses {
+            // Their order matters too: the first one is primary.
+            changed.addresses = true;
+            changed.links.extend(self.devices.keys());
+            let before: BTreeSet<_> = old.addresses.into_iter().collect();
+            let after: BTreeSet<_> = self.node.addresses.iter().copied().collect();
+            for address in before.symmetric_difference(&after) {
                 self.touch_services(*address, changed);
+                self.touch_ranged(*address, changed);
+            }
+        }
+        if old.pod_cidrs != self.node.pod_cidrs {
+            changed.ranges = true;
+            for range in old.pod_cidrs.iter().chain(&self.node.pod_cidrs) {
+                self.touch_outside_in(range, changed);
             }
         }
     }
 
     fn set_link(&mut self, link: PodLink, changed: &mut Changed) {
-        if self.links.get(&link.ifindex) == Some(&link) {
+        let ifindex = link.ifindex;
+        let old = self.links.get(&ifindex);
+        if old == Some(&link) {
             return;
         }
-        self.remove_link(link.ifindex, changed);
+        let gateways = old.into_iter().flat_map(|old| &old.gateways).chain(&link.gateways).copied();
+        let before: BTreeMap<IpAddr, bool> = gateways.map(|ip| (ip, self.gateway_of.contains_key(&ip))).collect();
+        self.unindex_link(ifindex, changed);
         for address in &link.addresses {
-            self.links_at.entry(*address).or_default().insert(link.ifindex);
+            self.links_at.entry(*address).or_default().insert(ifindex);
             self.touch_address(*address, changed);
         }
         for gateway in &link.gateways {
-            self.gateway_of.entry(*gateway).or_default().insert(link.ifindex);
-            self.touch_services(*gateway, changed);
+            self.gateway_of.entry(*gateway).or_default().insert(ifindex);
         }
-        changed.links.insert(link.ifindex);
-        self.links.insert(link.ifindex, link);
+        for (gateway, known) in before {
+            if known != self.gateway_of.contains_key(&gateway) {
+                self.touch_node_address(gateway, changed);
+            }
+        }
+        changed.links.insert(ifindex);
+        self.links.insert(ifindex, link);
     }
 
     fn remove_link(&mut self, ifindex: u32, changed: &mut Changed) {
-        let Some(link) = self.links.remove(&ifindex) else { return };
+        let gateways = self.links.get(&ifindex).map(|link| link.gateways.clone()).unwrap_or_default();
+        if self.unindex_link(ifindex, changed) {
+            changed.links.insert(ifindex);
+        }
+        for gateway in gateways {
+            if !self.gateway_of.contains_key(&gateway) {
+                self.touch_node_address(gateway, changed);
+            }
+        }
+    }
+
+    /// Takes an interface out of the indexes of addresses. True when it was there.
+    fn unindex_link(&mut self, ifindex: u32, changed: &mut Changed) -> bool {
+        let Some(link) = self.links.remove(&ifindex) else { return false };
         for address in &link.addresses {
             self.touch_address(*address, changed);
             unindex(&mut self.links_at, address, &ifindex);
         }
         for gateway in &link.gateways {
-            self.touch_services(*gateway, changed);
             unindex(&mut self.gateway_of, gateway, &ifindex);
         }
+        true
+    }
+
+    fn set_device(&mut self, device: NetDevice, changed: &mut Changed) {
+        let ifindex = device.ifindex;
+        if self.devices.get(&ifindex) == Some(&device) {
+            return;
+        }
+        self.move_device(ifindex, &device.addresses, changed);
+        self.devices.insert(ifindex, device);
         changed.links.insert(ifindex);
+    }
+
+    fn remove_device(&mut self, ifindex: u32, changed: &mut Changed) {
+        self.move_device(ifindex, &[], changed);
+        if self.devices.remove(&ifindex).is_some() {
+            changed.links.insert(ifindex);
+        }
+    }
+
+    /// Gives an interface that is not a pod's other addresses in the index.
+    fn move_device(&mut self, ifindex: u32, addresses: &[IpAddr], changed: &mut Changed) {
+        let old: BTreeSet<IpAddr> =
+            self.devices.get(&ifindex).into_iter().flat_map(|device| &device.addresses).copied().collect();
+        let new: BTreeSet<IpAddr> = addresses.iter().copied().collect();
+        for gone in old.difference(&new) {
+            unindex(&mut self.devices_at, gone, &ifindex);
+            self.touch_node_address(*gone, changed);
+        }
+        for come in new.difference(&old) {
+            self.devices_at.entry(*come).or_default().insert(ifindex);
+            self.touch_node_address(*come, changed);
+        }
+    }
+
+    fn set_service_cidr(&mut self, name: Arc<str>, ranges: Vec<IpNet>, changed: &mut Changed) {
+        if self.service_cidrs.get(&name) == Some(&ranges) {
+            return;
+        }
+        self.remove_service_cidr(&name, changed);
+        changed.ranges = true;
+        for range in &ranges {
+            self.touch_outside_in(range, changed);
+        }
+        self.service_cidrs.insert(name, ranges);
+    }
+
+    fn remove_service_cidr(&mut self, name: &str, changed: &mut Changed) {
+        let Some(ranges) = self.service_cidrs.remove(name) else { return };
+        changed.ranges = true;
+        for range in &ranges {
+            self.touch_outside_in(range, changed);
+        }
     }
 
     /// A pod got or lost this address: its other claimants and the Services at this address may mean another thing.
@@ -255,8 +393,36 @@ impl ClusterState {
         self.touch_services(address, changed);
     }
 
+    /// The node got or lost this address.
+    fn touch_node_address(&self, address: IpAddr, changed: &mut Changed) {
+        changed.addresses = true;
+        self.touch_services(address, changed);
+    }
+
+    /// Services at this address.
     fn touch_services(&self, address: IpAddr, changed: &mut Changed) {
         changed.services.extend(self.services_at.get(&address).into_iter().flatten().cloned());
+        self.touch_outside(address, changed);
+    }
+
+    /// Services that are reached from outside by this address.
+    fn touch_outside(&self, address: IpAddr, changed: &mut Changed) {
+        changed.services.extend(self.outside_at.get(&address).into_iter().flatten().cloned());
+    }
+
+    /// The same for a range.
+    fn touch_outside_in(&self, range: &IpNet, changed: &mut Changed) {
+        let within = self.outside_at.range(range.network()..=range.broadcast());
+        changed.services.extend(within.flat_map(|(_, names)| names).cloned());
+    }
+
+    /// Services that let in some sources, this address among them.
+    fn touch_ranged(&self, address: IpAddr, changed: &mut Changed) {
+        let allows = |name: &&ObjectName| {
+            let service = self.services.get(*name);
+            service.is_some_and(|service| service.source_ranges.iter().any(|range| range.contains(&address)))
+        };
+        changed.services.extend(self.ranged.iter().filter(allows).cloned());
     }
 
     fn set_findings(&mut self, object: &str, findings: Vec<Diagnostic>, changed: &mut Changed) {
@@ -287,12 +453,19 @@ impl ClusterState {
                 for ifindex in gone {
                     self.remove_link(ifindex, changed);
                 }
+                let gone: Vec<_> = self.devices.keys().filter(|index| !named.contains(*index)).copied().collect();
+                for ifindex in gone {
+                    self.remove_device(ifindex, changed);
+                }
             }
             (Source::Node, Listing::Node) => {}
-            // A listing of another kind says nothing about this source: it stays unlisted, and nothing goes.
             (Source::ServiceCidrs, Listing::ServiceCidrs(named)) => {
-                self.service_cidrs.retain(|name, _| named.contains(name));
+                let gone: Vec<_> = self.service_cidrs.keys().filter(|name| !named.contains(*name)).cloned().collect();
+                for name in gone {
+                    self.remove_service_cidr(&name, changed);
+                }
             }
+            // A listing of another kind says nothing about this source: it stays unlisted, and nothing goes.
             (Source::Services | Source::EndpointSlices, _)
             | (Source::Links | Source::Node | Source::ServiceCidrs, _) => return,
         }

@@ -7,7 +7,8 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use proxy_abi::{
-    BackendEntry, DeviceEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PortBe, Proto, ServiceEntry,
+    BackendEntry, DeviceEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PortBe, PrefixKey, Proto,
+    ServiceEntry,
 };
 
 /// All map content that follows from the cluster and the node. The value of a key in an array map that is not named
@@ -22,10 +23,12 @@ pub struct Tables {
     pub slots: BTreeMap<u32, u32>,
     /// Frontend → range of slots.
     pub frontends: BTreeMap<FrontendKey, FrontendEntry>,
-    /// Interface index → pod interface. An interface in here has its programs attached.
+    /// Interface index → interface. One with [`DeviceEntry::NETDEV`], or of a pod, has its programs attached.
     pub devices: BTreeMap<u32, DeviceEntry>,
     /// Pod address → pod interface.
     pub local_pods: BTreeMap<IpBytes, LocalPodEntry>,
+    /// Address range under a scope → 1.
+    pub prefixes: BTreeMap<PrefixKey, u32>,
 }
 
 /// One map operation. Each may run twice with the same result; deleting the absent succeeds.
@@ -55,6 +58,10 @@ pub enum Op {
     SetLocalPod(IpBytes, LocalPodEntry),
     /// Unbind an address.
     DeleteLocalPod(IpBytes),
+    /// Add an address range to a scope.
+    SetPrefix(PrefixKey, u32),
+    /// Take it out.
+    DeletePrefix(PrefixKey),
 }
 
 /// The row that an operation writes.
@@ -72,6 +79,8 @@ pub enum Row {
     Device(u32),
     /// Pod address.
     LocalPod(IpBytes),
+    /// Address range.
+    Prefix(PrefixKey),
 }
 
 impl Op {
@@ -84,6 +93,7 @@ impl Op {
             Self::SetFrontend(key, _) | Self::DeleteFrontend(key) => Row::Frontend(*key),
             Self::SetDevice(ifindex, _) | Self::DeleteDevice(ifindex) => Row::Device(*ifindex),
             Self::SetLocalPod(ip, _) | Self::DeleteLocalPod(ip) => Row::LocalPod(*ip),
+            Self::SetPrefix(key, _) | Self::DeletePrefix(key) => Row::Prefix(*key),
         }
     }
 }
@@ -104,6 +114,8 @@ impl Tables {
             Op::DeleteDevice(ifindex) => drop(self.devices.remove(ifindex)),
             Op::SetLocalPod(ip, entry) => drop(self.local_pods.insert(*ip, *entry)),
             Op::DeleteLocalPod(ip) => drop(self.local_pods.remove(ip)),
+            Op::SetPrefix(key, value) => drop(self.prefixes.insert(*key, *value)),
+            Op::DeletePrefix(key) => drop(self.prefixes.remove(key)),
         }
     }
 }
@@ -117,8 +129,9 @@ impl fmt::Display for Tables {
         }
         for (id, entry) in &self.backends {
             let BackendEntry { ip, service, generation, port, proto, reserved: _, flags } = *entry;
-            let local = if flags & BackendEntry::LOCAL == 0 { "" } else { " local" };
-            writeln!(f, "backend {id} {} service {service} generation {generation}{local}", end(ip, port, proto))?;
+            write!(f, "backend {id} {} service {service} generation {generation}", end(ip, port, proto))?;
+            write_flags(f, flags, &BACKEND_FLAGS)?;
+            writeln!(f)?;
         }
         for (slot, backend) in &self.slots {
             writeln!(f, "slot {slot} backend {backend}")?;
@@ -129,14 +142,7 @@ impl fmt::Display for Tables {
             write_frontend(f, key, entry)?;
         }
         for (ifindex, entry) in &self.devices {
-            let DeviceEntry { ip4, ip6, gateway_ip4, gateway_ip6, pod_mac, gateway_mac, bridge, flags, slot, .. } =
-                *entry;
-            write!(f, "device {ifindex} pod {pod_mac}")?;
-            write_known(f, [ip4, ip6])?;
-            write!(f, " gateway {gateway_mac}")?;
-            write_known(f, [gateway_ip4, gateway_ip6])?;
-            write!(f, " bridge {bridge}")?;
-            writeln!(f, " path {} policy {slot}", path(flags))?;
+            write_device(f, *ifindex, entry)?;
         }
         let mut pods: Vec<_> = self.local_pods.iter().collect();
         pods.sort_by_key(|(ip, _)| IpAddr::from(**ip));
@@ -144,18 +150,80 @@ impl fmt::Display for Tables {
             let LocalPodEntry { ifindex, mac, slot, flags } = *entry;
             writeln!(f, "local_pod {ip} device {ifindex} pod {mac} path {} policy {slot}", path(flags))?;
         }
-        Ok(())
+        let mut prefixes: Vec<_> = self.prefixes.keys().collect();
+        prefixes.sort_by_key(|key| (key.scope, IpAddr::from(key.ip), key.length));
+        prefixes.into_iter().try_for_each(|key| write_prefix(f, *key))
     }
+}
+
+fn write_device(f: &mut fmt::Formatter<'_>, ifindex: u32, entry: &DeviceEntry) -> fmt::Result {
+    let DeviceEntry { ip4, ip6, gateway_ip4, gateway_ip6, pod_mac, gateway_mac, bridge, flags, slot, mtu, .. } = *entry;
+    // Another device than a pod's is its own gateway: see the table in `proxy_abi::device`.
+    if bridge == 0 && pod_mac == gateway_mac {
+        write!(f, "device {ifindex} {pod_mac}")?;
+        write_known(f, [ip4, ip6])?;
+        let programs = if flags & DeviceEntry::NETDEV == 0 { "none" } else { "netdev" };
+        return writeln!(f, " programs {programs} mtu {mtu}");
+    }
+    write!(f, "device {ifindex} pod {pod_mac}")?;
+    write_known(f, [ip4, ip6])?;
+    write!(f, " gateway {gateway_mac}")?;
+    write_known(f, [gateway_ip4, gateway_ip6])?;
+    write!(f, " bridge {bridge} path {} policy {slot}", path(flags))?;
+    if mtu != 0 {
+        write!(f, " mtu {mtu}")?;
+    }
+    writeln!(f)
+}
+
+fn write_prefix(f: &mut fmt::Formatter<'_>, key: PrefixKey) -> fmt::Result {
+    let bits = key.length.saturating_sub(32 + if key.ip.is_v4() { 96 } else { 0 });
+    match key.scope {
+        PrefixKey::SERVICE_CIDR => writeln!(f, "prefix {}/{bits} service range", key.ip),
+        PrefixKey::LOCAL_SOURCE => writeln!(f, "prefix {}/{bits} local source", key.ip),
+        service => writeln!(f, "prefix {}/{bits} source of service {service}", key.ip),
+    }
+}
+
+const BACKEND_FLAGS: [(u32, &str); 3] =
+    [(BackendEntry::LOCAL, "local"), (BackendEntry::IN_CLUSTER, "in-cluster"), (BackendEntry::IN_LOCAL, "in-local")];
+
+const FRONTEND_FLAGS: [(u32, &str); 11] = [
+    (FrontendEntry::MASQUERADE, "masquerade"),
+    (FrontendEntry::MASQUERADE_OUTSIDE, "masquerade-outside"),
+    (FrontendEntry::EXTERNAL_SPLIT, "external-split"),
+    (FrontendEntry::DROP_EMPTY, "drop-empty"),
+    (FrontendEntry::LOCAL_SET, "local-set"),
+    (FrontendEntry::SOURCE_RANGES, "source-ranges"),
+    (FrontendEntry::NODE_ALLOWED, "node-allowed"),
+    (FrontendEntry::ADDRESS_REJECT, "reject"),
+    (FrontendEntry::ADDRESS_NODE_PORT, "node-port"),
+    (FrontendEntry::ADDRESS_NODE, "node"),
+    (FrontendEntry::ADDRESS_LOOPBACK, "loopback"),
+];
+
+/// The names of the flags that are set, each with a space in front; what has no name as a number.
+fn write_flags(f: &mut fmt::Formatter<'_>, flags: u32, names: &[(u32, &str)]) -> fmt::Result {
+    let mut rest = flags;
+    for (flag, name) in names.iter().filter(|(flag, _)| flags & flag != 0) {
+        rest &= !flag;
+        write!(f, " {name}")?;
+    }
+    if rest == 0 { Ok(()) } else { write!(f, " flags {rest:#x}") }
 }
 
 fn write_frontend(f: &mut fmt::Formatter<'_>, key: &FrontendKey, entry: &FrontendEntry) -> fmt::Result {
     if *key == FrontendKey::address(key.ip) {
-        return writeln!(f, "frontend {} address", key.ip);
+        write!(f, "frontend {} address", key.ip)?;
+        write_flags(f, entry.flags, &FRONTEND_FLAGS)?;
+        return writeln!(f);
     }
     let FrontendEntry { first, count, service, flags, affinity_seconds, generation } = *entry;
     write!(f, "frontend {}", end(key.ip, key.port, key.proto))?;
-    if key.scope != FrontendKey::SCOPE_CLUSTER {
-        write!(f, " scope {}", key.scope)?;
+    match key.scope {
+        FrontendKey::SCOPE_CLUSTER => {}
+        FrontendKey::SCOPE_EXTERNAL => f.write_str(" from outside")?,
+        scope => write!(f, " scope {scope}")?,
     }
     write!(f, " service {service}")?;
     match count {
@@ -167,9 +235,7 @@ fn write_frontend(f: &mut fmt::Formatter<'_>, key: &FrontendKey, entry: &Fronten
     if affinity_seconds != 0 {
         write!(f, " affinity {affinity_seconds}s")?;
     }
-    if flags != 0 {
-        write!(f, " flags {flags:#x}")?;
-    }
+    write_flags(f, flags, &FRONTEND_FLAGS)?;
     writeln!(f)
 }
 

@@ -6,55 +6,70 @@ use proxy_abi::{FrontendEntry, FrontendKey, IpBytes};
 
 use crate::name::{ObjectName, ServicePortName};
 
-/// The entry under [`FrontendKey::address`]: it leads nowhere and belongs to no one service port.
-pub(super) const MARK: FrontendEntry =
-    FrontendEntry { first: 0, count: 0, service: 0, flags: 0, affinity_seconds: 0, generation: 0 };
-
 /// Holders, and those that would like to be.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Claims {
-    holders: BTreeMap<FrontendKey, ServicePortName>,
+    holders: BTreeMap<FrontendKey, Holder>,
     waiting: BTreeMap<FrontendKey, BTreeSet<ObjectName>>,
     /// Reverse of `waiting`.
     waits_for: BTreeMap<ObjectName, BTreeSet<FrontendKey>>,
-    /// Held frontends of an address; never 0.
-    addresses: BTreeMap<IpBytes, u32>,
+    /// Held frontends of a cluster address; never 0.
+    cluster: BTreeMap<IpBytes, u32>,
+}
+
+#[derive(Clone, Debug)]
+struct Holder {
+    name: ServicePortName,
+    /// Is it one of a cluster address?
+    cluster: bool,
+}
+
+/// Is it the entry of a cluster address? No other has this flag, and every such one has it.
+pub(super) const fn is_of_cluster_address(entry: &FrontendEntry) -> bool {
+    entry.flags & FrontendEntry::MASQUERADE_OUTSIDE != 0
 }
 
 impl Claims {
     /// Who holds it.
     pub(super) fn holder(&self, key: &FrontendKey) -> Option<&ServicePortName> {
-        self.holders.get(key)
+        self.holders.get(key).map(|holder| &holder.name)
     }
 
-    /// Does any service port hold a frontend of this address?
-    pub(super) fn holds_address(&self, ip: IpBytes) -> bool {
-        self.addresses.contains_key(&ip)
+    /// Does any service port hold a frontend of this cluster address?
+    pub(super) fn holds_cluster_address(&self, ip: IpBytes) -> bool {
+        self.cluster.contains_key(&ip)
     }
 
-    /// Frontends held, marks included.
+    /// Frontends held, and the marks of their addresses.
     pub(super) fn len(&self) -> usize {
-        self.holders.len() + self.addresses.len()
+        self.holders.len() + self.cluster.len()
     }
 
     /// `name` holds a frontend that is free, or its own.
-    pub(super) fn hold(&mut self, key: FrontendKey, name: ServicePortName) {
-        if self.holders.insert(key, name).is_none() {
-            *self.addresses.entry(key.ip).or_default() += 1;
+    pub(super) fn hold(&mut self, key: FrontendKey, name: ServicePortName, cluster: bool) {
+        let old = self.holders.insert(key, Holder { name, cluster });
+        match (old.is_some_and(|old| old.cluster), cluster) {
+            (false, true) => *self.cluster.entry(key.ip).or_default() += 1,
+            (true, false) => self.uncount(key.ip),
+            (true, true) | (false, false) => {}
         }
     }
 
     /// A frontend becomes free. Returns those who waited for it.
     pub(super) fn release(&mut self, key: &FrontendKey) -> BTreeSet<ObjectName> {
-        if self.holders.remove(key).is_some()
-            && let Some(count) = self.addresses.get_mut(&key.ip)
-        {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                self.addresses.remove(&key.ip);
-            }
+        if self.holders.remove(key).is_some_and(|old| old.cluster) {
+            self.uncount(key.ip);
         }
         self.waiting.get(key).cloned().unwrap_or_default()
+    }
+
+    fn uncount(&mut self, ip: IpBytes) {
+        if let Some(count) = self.cluster.get_mut(&ip) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.cluster.remove(&ip);
+            }
+        }
     }
 
     /// `service` would like a frontend that another one holds.

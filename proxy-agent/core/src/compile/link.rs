@@ -1,12 +1,13 @@
-//! Pod interfaces and the addresses behind them.
+//! Interfaces of the node, and the pods' addresses behind some of them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use proxy_abi::{DeviceEntry, IpBytes, LocalPodEntry};
 
 use crate::address::Family;
 use crate::diagnostic::Diagnostic;
-use crate::event::{LinkPath, PodLink};
+use crate::event::{LinkPath, NetDevice, PodLink};
 use crate::plan::TableDeltas;
 use crate::state::ClusterState;
 
@@ -46,7 +47,8 @@ impl Compiler {
             for ip in self.links.bound.remove(ifindex).unwrap_or_default() {
                 tables.local_pods.unwant(&ip);
             }
-            if state.link(*ifindex).is_none() {
+            let device = state.device(*ifindex).filter(|device| !is_loopback(device));
+            if state.link(*ifindex).is_none() && device.is_none() {
                 tables.devices.unwant(ifindex);
             }
         }
@@ -55,6 +57,8 @@ impl Compiler {
             let mut findings = Vec::new();
             if let Some(link) = state.link(ifindex) {
                 self.compile_link(state, link, tables, &mut findings);
+            } else if let Some(device) = state.device(ifindex).filter(|device| !is_loopback(device)) {
+                self.compile_device(state, device, tables, &mut findings);
             }
             let previous = if findings.is_empty() {
                 self.links.findings.remove(&ifindex)
@@ -74,10 +78,7 @@ impl Compiler {
         findings: &mut Vec<Diagnostic>,
     ) {
         let object = format!("Interface {}", link.name);
-        let full = |length: usize, capacity: u32| u32::try_from(length).is_ok_and(|length| length >= capacity);
-        let devices = tables.devices.desired();
-        if !devices.contains_key(&link.ifindex) && full(devices.len(), self.capacity.devices) {
-            self.links.starved.insert(link.ifindex);
+        if self.finds_no_room(link.ifindex, tables) {
             let problem = "no room for more interfaces; Services do not work for its pod".to_owned();
             findings.push(error(object, String::new(), problem, "run fewer pods on the node"));
             return;
@@ -93,9 +94,8 @@ impl Compiler {
                 continue;
             }
             let ip = IpBytes::from(*address);
-            if !tables.local_pods.desired().contains_key(&ip)
-                && full(tables.local_pods.desired().len(), self.capacity.local_pods)
-            {
+            let pods = tables.local_pods.desired();
+            if !pods.contains_key(&ip) && is_full(pods.len(), self.capacity.local_pods) {
                 self.links.starved.insert(link.ifindex);
                 let problem = format!("no room for {address}; it is reached through the stack");
                 findings.push(error(object.clone(), "addresses".to_owned(), problem, "run fewer pods on the node"));
@@ -119,11 +119,65 @@ impl Compiler {
             slot: 0,
             reserved: 0,
             since: 0,
-            mtu: 0,
+            mtu: link.mtu,
         };
         tables.devices.want(link.ifindex, device);
         self.links.bound.insert(link.ifindex, bound);
     }
+
+    fn compile_device(
+        &mut self,
+        state: &ClusterState,
+        device: &NetDevice,
+        tables: &mut TableDeltas,
+        findings: &mut Vec<Diagnostic>,
+    ) {
+        if self.finds_no_room(device.ifindex, tables) {
+            let problem = "no room for more interfaces; traffic from outside is not translated there".to_owned();
+            findings.push(error(format!("Interface {}", device.name), String::new(), problem, "remove interfaces"));
+            return;
+        }
+        // What leaves there is masqueraded with an address of the device, or of the node.
+        let source = |family| {
+            let addresses = device.addresses.iter().chain(&state.node().addresses);
+            let found = addresses.copied().find(|ip| Family::of(*ip) == family && !ip.is_unspecified());
+            found.map_or(IpBytes::UNSPECIFIED, IpBytes::from)
+        };
+        let entry = DeviceEntry {
+            ip4: source(Family::V4),
+            ip6: source(Family::V6),
+            gateway_ip4: IpBytes::UNSPECIFIED,
+            gateway_ip6: IpBytes::UNSPECIFIED,
+            pod_mac: device.mac,
+            gateway_mac: device.mac,
+            bridge: 0,
+            flags: if device.attach { DeviceEntry::NETDEV } else { 0 },
+            slot: 0,
+            reserved: 0,
+            since: 0,
+            mtu: device.mtu,
+        };
+        tables.devices.want(device.ifindex, entry);
+    }
+
+    /// Is there no room for this interface? It is tried again when another one goes.
+    fn finds_no_room(&mut self, ifindex: u32, tables: &TableDeltas) -> bool {
+        let devices = tables.devices.desired();
+        let starved = !devices.contains_key(&ifindex) && is_full(devices.len(), self.capacity.devices);
+        if starved {
+            self.links.starved.insert(ifindex);
+        }
+        starved
+    }
+}
+
+fn is_full(length: usize, capacity: u32) -> bool {
+    u32::try_from(length).is_ok_and(|length| length >= capacity)
+}
+
+/// Its packets never leave the node, and sockets are translated before they send any.
+fn is_loopback(device: &NetDevice) -> bool {
+    *device.name == *"lo" || device.addresses.iter().any(IpAddr::is_loopback)
 }
 
 const fn flags_of(path: LinkPath) -> u32 {

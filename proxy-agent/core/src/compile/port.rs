@@ -1,10 +1,9 @@
 //! One service port: its id, its backends, its frontends.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 
-use proxy_abi::{BackendEntry, FrontendEntry, FrontendKey, IpBytes, NameBytes, PortBe, Proto, ServiceEntry};
+use proxy_abi::{BackendEntry, FrontendEntry, FrontendKey, IpBytes, NameBytes, PortBe, PrefixKey, Proto, ServiceEntry};
 
 use crate::address::Family;
 use crate::diagnostic::Diagnostic;
@@ -12,10 +11,13 @@ use crate::ids::SlotRange;
 use crate::name::{ObjectName, ServicePortName};
 use crate::plan::TableDeltas;
 use crate::select::{Locality, Target, select};
-use crate::service::{Protocol, Service, ServicePort};
+use crate::service::{Service, ServicePort};
 use crate::state::ClusterState;
 
-use super::{Compiler, Pools, cluster_address_fault, error};
+use super::claims::is_of_cluster_address;
+use super::place::{Addresses, Asked, Kind};
+use super::ranges::Sources;
+use super::{Compiler, Pools, error};
 
 /// What a backend is within its service port.
 pub(super) type BackendKey = (IpBytes, PortBe, Proto);
@@ -26,6 +28,12 @@ pub(super) struct Port {
     pub(super) id: u32,
     pub(super) backends: BTreeMap<BackendKey, u32>,
     pub(super) frontends: BTreeSet<FrontendKey>,
+    /// Address ranges of the clients that its load balancers serve.
+    pub(super) sources: BTreeSet<PrefixKey>,
+    /// It has endpoints, but none for traffic from inside, because that must stay on this node.
+    pub(super) lacks_internal: bool,
+    /// The same for traffic from outside.
+    pub(super) lacks_external: bool,
 }
 
 /// A service port and where it stands.
@@ -34,12 +42,23 @@ pub(super) struct Place<'a> {
     pub(super) service: &'a Service,
     pub(super) index: usize,
     pub(super) port: &'a ServicePort,
+    pub(super) addresses: &'a Addresses,
 }
 
-/// A frontend that the port may have, and the endpoints of its family.
-struct Wanted {
+/// What a port may have.
+#[derive(Default)]
+struct Wanted<'a> {
+    frontends: Vec<WantedFrontend>,
+    /// Endpoints of each family.
+    targets: BTreeMap<Family, Vec<Target>>,
+    /// The addresses of load balancers that are not open to all.
+    filtered: Vec<(std::net::IpAddr, Sources<'a>)>,
+}
+
+struct WantedFrontend {
     key: FrontendKey,
-    targets: Vec<Target>,
+    family: Family,
+    flags: u32,
 }
 
 /// What there is no room for.
@@ -57,9 +76,10 @@ struct Grant {
 /// A port as it shall be: complete before the first row is touched.
 struct Draft {
     port: Port,
-    /// Selected backends of each frontend, and its new range when they changed (`None`: no slots).
-    frontends: BTreeMap<FrontendKey, Slots>,
-    local: BTreeSet<u32>,
+    /// Selected backends of each frontend, and its new range when they changed (`None`: no slots); and its flags.
+    frontends: BTreeMap<FrontendKey, (Slots, u32)>,
+    /// Flags of each backend.
+    backends: BTreeMap<u32, u32>,
 }
 
 enum Slots {
@@ -72,25 +92,13 @@ impl Place<'_> {
         ServicePortName { service: self.service.name.clone(), port: Arc::clone(&self.port.name) }
     }
 
-    fn finding(&self, field: &str, problem: String, fix: &str) -> Diagnostic {
-        let field = if field.is_empty() {
-            format!("spec.ports[{}]", self.index)
-        } else {
-            format!("spec.ports[{}].{field}", self.index)
-        };
+    fn finding(&self, field: String, problem: String, fix: &str) -> Diagnostic {
         error(format!("Service {}", self.service.name), field, problem, fix)
     }
 
-    fn keys(&self) -> BTreeMap<FrontendKey, IpAddr> {
-        keys(self.service, self.port).collect()
+    fn field(&self, tail: &str) -> String {
+        format!("spec.ports[{}]{tail}", self.index)
     }
-}
-
-/// The frontends that a port asks for, with their addresses.
-fn keys(service: &Service, port: &ServicePort) -> impl Iterator<Item = (FrontendKey, IpAddr)> {
-    let (number, proto) = (PortBe::new(port.port.get()), port.protocol.number());
-    let scope = FrontendKey::SCOPE_CLUSTER;
-    service.cluster_ips.iter().map(move |ip| (FrontendKey { ip: IpBytes::from(*ip), port: number, proto, scope }, *ip))
 }
 
 impl Compiler {
@@ -98,10 +106,12 @@ impl Compiler {
     /// first of them is compiled: then two that exchange frontends find them free and never lose theirs, nor their ids.
     pub(super) fn leave_frontends(&mut self, state: &ClusterState, name: &ObjectName, tables: &mut TableDeltas) {
         let service = state.service(name);
+        let addresses = service.map(|service| Addresses::of(state, &self.policy, service));
         let mut left = Vec::new();
         for (port, compiled) in self.services.get(name).into_iter().flatten() {
-            let wanted = service.and_then(|service| Some((service, service.ports.iter().find(|p| p.name == *port)?)));
-            let wanted: BTreeSet<_> = wanted.into_iter().flat_map(|(s, p)| keys(s, p)).map(|(key, _)| key).collect();
+            let asked = service.and_then(|service| service.ports.iter().find(|p| p.name == *port));
+            let wanted = asked.zip(addresses.as_ref()).map(|(port, addresses)| addresses.keys(port));
+            let wanted = wanted.unwrap_or_default();
             let own = |holder: &ServicePortName| holder.service == *name && holder.port == *port;
             let held = compiled.frontends.difference(&wanted).filter(|key| self.claims.holder(key).is_some_and(own));
             left.extend(held.copied());
@@ -121,10 +131,11 @@ impl Compiler {
     ) -> Option<Port> {
         let name = place.name();
         let wanted = self.wanted(place, &name, findings);
-        let Some(entry) = service_entry(&name).filter(|_| !wanted.is_empty()) else {
-            if !wanted.is_empty() {
+        let entry = service_entry(&name, place.service.affinity_seconds);
+        let Some(entry) = entry.filter(|_| !wanted.frontends.is_empty()) else {
+            if !wanted.frontends.is_empty() {
                 let problem = format!("{name} is longer than 144 bytes; the port is not served");
-                findings.push(place.finding("name", problem, "shorten the names"));
+                findings.push(place.finding(place.field(".name"), problem, "shorten the names"));
             }
             if let Some(old) = old {
                 self.retire_port(&name, &old, tables);
@@ -137,15 +148,33 @@ impl Compiler {
                 self.starved.insert(name.service.clone());
                 let kept = if old.is_some() { "the port stays as it was" } else { "the port is not served" };
                 let problem = format!("no room for more {what}; {kept}");
-                findings.push(place.finding("", problem, "remove Services or endpoints, or raise the capacity"));
-                for key in old.iter().flat_map(|old| &old.frontends) {
-                    if self.claims.holder(key).is_none() {
-                        self.claim(*key, &name, tables);
-                    }
-                }
-                old
+                let fix = "remove Services or endpoints, or raise the capacity";
+                findings.push(place.finding(place.field(""), problem, fix));
+                old.map(|old| self.stay(&name, old, tables))
             }
         }
+    }
+
+    /// Leaves a port as it was, as far as nobody else has taken its frontends meanwhile.
+    fn stay(&mut self, name: &ServicePortName, mut old: Port, tables: &mut TableDeltas) -> Port {
+        let inner = |key: &FrontendKey| FrontendKey { scope: FrontendKey::SCOPE_CLUSTER, ..*key };
+        let lost = |claims: &super::claims::Claims, key: &FrontendKey| {
+            claims.holder(&inner(key)).is_some_and(|holder| holder != name)
+        };
+        // Of two that belong together, one alone is of no use.
+        let (gone, kept) = old.frontends.into_iter().partition(|key| lost(&self.claims, key));
+        old.frontends = kept;
+        let gone: BTreeSet<FrontendKey> = gone;
+        for key in &gone {
+            self.retire_frontend(name, key, tables);
+        }
+        for key in &old.frontends {
+            if let Some(entry) = tables.frontends.desired().get(key).filter(|_| self.claims.holder(key).is_none()) {
+                let cluster = is_of_cluster_address(entry);
+                self.claim(*key, name, cluster, tables);
+            }
+        }
+        old
     }
 
     /// Deletes everything of a port.
@@ -156,6 +185,9 @@ impl Compiler {
         for id in port.backends.values() {
             tables.backends.unwant(id);
             self.retired.backend(*id);
+        }
+        for key in &port.sources {
+            tables.prefixes.unwant(key);
         }
         tables.services.unwant(&port.id);
         self.retired.service(port.id);
@@ -174,47 +206,77 @@ impl Compiler {
     }
 
     /// The frontends that the port may have.
-    fn wanted(&mut self, place: &Place<'_>, name: &ServicePortName, findings: &mut Vec<Diagnostic>) -> Vec<Wanted> {
-        match place.port.protocol {
-            Protocol::Tcp | Protocol::Udp => {}
-            Protocol::Sctp => {
-                let problem = "SCTP is not supported; the port is not served".to_owned();
-                findings.push(place.finding("protocol", problem, "use TCP or UDP"));
-                return Vec::new();
-            }
-        }
-        let mut wanted = Vec::new();
-        for (key, ip) in place.keys() {
-            if cluster_address_fault(place.state, ip).is_some() {
+    fn wanted<'a>(&mut self, place: &Place<'a>, name: &ServicePortName, findings: &mut Vec<Diagnostic>) -> Wanted<'a> {
+        let mut wanted = Wanted::default();
+        for asked in place.addresses.asked(place.port) {
+            if let Some(holder) = self.claims.holder(&asked.key).filter(|holder| *holder != name) {
+                findings.push(conflict(place, &asked, holder));
+                self.claims.wait(asked.key, &name.service);
                 continue;
             }
-            if let Some(holder) = self.claims.holder(&key).filter(|holder| *holder != name) {
-                let problem = format!(
-                    "{ip} port {}/{} belongs to Service {holder}; the port is not served there",
-                    place.port.port, key.proto
-                );
-                findings.push(place.finding("port", problem, "use another address or port, or delete the other one"));
-                self.claims.wait(key, &name.service);
-                continue;
+            let family = Family::of(asked.ip);
+            let targets = wanted.targets.entry(family).or_insert_with(|| {
+                let node = place.state.node();
+                let here = Locality { node: &node.name, zone: node.zone.as_deref() };
+                select(place.state.slices_of(&place.service.name), place.port, family, here)
+            });
+            let sources = match asked.kind {
+                Kind::LoadBalancer => Sources::of(place.state, place.service, family),
+                Kind::Cluster | Kind::NodePort | Kind::External => None,
+            };
+            let (inner, outer) = self.flags(place.service, &asked, targets, sources.as_ref());
+            wanted.frontends.push(WantedFrontend { key: asked.key, family, flags: inner });
+            if let Some(flags) = outer {
+                wanted.frontends.push(WantedFrontend { key: asked.outside(), family, flags });
             }
-            let node = place.state.node();
-            let here = Locality { node: &node.name, zone: node.zone.as_deref() };
-            let slices = place.state.slices_of(&place.service.name);
-            wanted.push(Wanted { key, targets: select(slices, place.port, Family::of(ip), here) });
+            wanted.filtered.extend(sources.map(|sources| (asked.ip, sources)));
         }
         wanted
     }
 
+    /// Flags of a frontend, and of the one beside it for traffic from outside.
+    fn flags(
+        &self,
+        service: &Service,
+        asked: &Asked,
+        targets: &[Target],
+        sources: Option<&Sources<'_>>,
+    ) -> (u32, Option<u32>) {
+        let lacks_local = targets.iter().any(|t| t.cluster) && !targets.iter().any(|t| t.local_set);
+        let local = FrontendEntry::LOCAL_SET | if lacks_local { FrontendEntry::DROP_EMPTY } else { 0 };
+        if asked.kind == Kind::Cluster {
+            let all = if self.policy.masquerade_all { FrontendEntry::MASQUERADE } else { 0 };
+            let internal = if service.internal_local { local } else { 0 };
+            return (FrontendEntry::MASQUERADE_OUTSIDE | all | internal, None);
+        }
+        let filter = sources.map_or(0, |sources| {
+            let node = if sources.node_allowed { FrontendEntry::NODE_ALLOWED } else { 0 };
+            FrontendEntry::SOURCE_RANGES | node
+        });
+        if asked.split {
+            (FrontendEntry::EXTERNAL_SPLIT | filter, Some(local | filter))
+        } else {
+            (FrontendEntry::MASQUERADE | filter, None)
+        }
+    }
+
     /// Takes all numbers that the port needs, or none.
-    fn draft(&mut self, old: Option<&Port>, wanted: &[Wanted], tables: &TableDeltas) -> Result<Draft, Exhausted> {
-        let fresh = wanted.iter().filter(|w| self.claims.holder(&w.key).is_none()).count();
-        // Each may need a mark of its own.
-        let most = self.claims.len() + 2 * fresh;
-        if fresh > 0 && u32::try_from(most).is_ok_and(|most| most > self.capacity.frontends) {
+    fn draft(&mut self, old: Option<&Port>, wanted: &Wanted<'_>, tables: &TableDeltas) -> Result<Draft, Exhausted> {
+        let exceeds = |most: usize, capacity: u32| u32::try_from(most).is_ok_and(|most| most > capacity);
+        let fresh = wanted.frontends.iter().filter(|w| self.claims.holder(&w.key).is_none());
+        // Each cluster address may need a mark of its own.
+        let rows = |w: &WantedFrontend| 1 + usize::from(w.flags & FrontendEntry::MASQUERADE_OUTSIDE != 0);
+        let fresh: usize = fresh.map(rows).sum();
+        if fresh > 0 && exceeds(self.claims.len() + self.marks.len() + fresh, self.capacity.frontends) {
             return Err(Exhausted("frontends"));
         }
         let mut grant = Grant::default();
-        let draft = grant.draft(&mut self.pools, old, wanted, tables);
+        let draft = grant.draft(&mut self.pools, old, wanted, tables).and_then(|draft| {
+            let held = tables.prefixes.desired();
+            let fresh = draft.port.sources.iter().filter(|key| !held.contains_key(key)).count();
+            let full = fresh > 0 && exceeds(held.len() + fresh, self.capacity.prefixes);
+            if full { Err(Exhausted("address ranges")) } else { Ok(draft) }
+        });
         if draft.is_err() {
             grant.give_back(&mut self.pools);
         }
@@ -230,7 +292,7 @@ impl Compiler {
         draft: Draft,
         tables: &mut TableDeltas,
     ) -> Port {
-        let Draft { port, frontends, local } = draft;
+        let Draft { port, frontends, backends } = draft;
         tables.services.want(port.id, entry);
         for (key, id) in &port.backends {
             let generation = match tables.backends.desired().get(id) {
@@ -238,14 +300,25 @@ impl Compiler {
                 None => self.pools.generations.next(),
             };
             // Only `flags` ever changes in place, and no program reads it together with another field.
-            let flags = if local.contains(id) { BackendEntry::LOCAL } else { 0 };
+            let flags = backends.get(id).copied().unwrap_or(0);
             let (ip, to, proto) = *key;
             let entry = BackendEntry { ip, service: port.id, generation, port: to, proto, reserved: 0, flags };
             tables.backends.want(*id, entry);
         }
-        for (key, slots) in frontends {
-            self.point(key, port.id, &slots, tables);
-            self.claim(key, name, tables);
+        for key in &port.sources {
+            tables.prefixes.want(*key, 1);
+        }
+        for (key, (slots, flags)) in frontends {
+            let entry = FrontendEntry {
+                first: 0,
+                count: 0,
+                service: port.id,
+                flags,
+                affinity_seconds: entry.affinity_seconds,
+                generation: 0,
+            };
+            self.point(key, entry, &slots, tables);
+            self.claim(key, name, is_of_cluster_address(&entry), tables);
         }
         if let Some(old) = old {
             for key in old.frontends.difference(&port.frontends) {
@@ -255,12 +328,15 @@ impl Compiler {
                 tables.backends.unwant(id);
                 self.retired.backend(*id);
             }
+            for key in old.sources.difference(&port.sources) {
+                tables.prefixes.unwant(key);
+            }
         }
         port
     }
 
-    /// Points a frontend at its slots.
-    fn point(&mut self, key: FrontendKey, service: u32, slots: &Slots, tables: &mut TableDeltas) {
+    /// Points a frontend at its slots; the rest of its entry is as given.
+    fn point(&mut self, key: FrontendKey, entry: FrontendEntry, slots: &Slots, tables: &mut TableDeltas) {
         let current = tables.frontends.desired().get(&key).copied();
         let range = match slots {
             Slots::Kept => current.as_ref().and_then(range_of),
@@ -275,7 +351,7 @@ impl Compiler {
             }
         };
         let (first, count) = range.map_or((0, 0), |range| (range.first, range.count));
-        let same = FrontendEntry { first, count, service, flags: 0, affinity_seconds: 0, generation: 0 };
+        let same = FrontendEntry { first, count, ..entry };
         // Counted on from what the dataplane may hold, so that a frontend that passes from one Service to another
         // changes its generation too.
         let seen = current.iter().chain(tables.frontends.possible(&key)).map(|entry| entry.generation).max();
@@ -292,33 +368,43 @@ impl Grant {
         &mut self,
         pools: &mut Pools,
         old: Option<&Port>,
-        wanted: &[Wanted],
+        wanted: &Wanted<'_>,
         tables: &TableDeltas,
     ) -> Result<Draft, Exhausted> {
         let id = match old {
             Some(old) => old.id,
             None => *self.service.insert(pools.services.allocate().ok_or(Exhausted("service ports"))?),
         };
+        let proto = wanted.frontends.first().map_or(Proto(0), |w| w.key.proto);
         let mut backends = BTreeMap::new();
-        let mut frontends = BTreeMap::new();
-        let mut local = BTreeSet::new();
-        for Wanted { key, targets } in wanted {
-            let mut selected = Vec::new();
+        let mut flags = BTreeMap::new();
+        let mut selected: BTreeMap<Family, (Vec<u32>, Vec<u32>)> = BTreeMap::new();
+        for (family, targets) in &wanted.targets {
+            let (cluster, local) = selected.entry(*family).or_default();
             for target in targets {
-                let backend = (IpBytes::from(target.address), PortBe::new(target.port.get()), key.proto);
-                let known = backends.get(&backend).or_else(|| old.and_then(|old| old.backends.get(&backend)));
-                let id = match known.copied() {
+                let backend = (IpBytes::from(target.address), PortBe::new(target.port.get()), proto);
+                let known = old.and_then(|old| old.backends.get(&backend)).copied();
+                let id = match known {
                     Some(id) => id,
                     None => self.backend(pools)?,
                 };
                 backends.insert(backend, id);
-                if target.local {
-                    local.insert(id);
-                }
+                flags.insert(id, flags_of(target));
                 if target.cluster {
-                    selected.push(id);
+                    cluster.push(id);
+                }
+                if target.local_set {
+                    local.push(id);
                 }
             }
+        }
+        let mut frontends = BTreeMap::new();
+        for WantedFrontend { key, family, flags } in &wanted.frontends {
+            let both = selected.get(family);
+            let pick = |(cluster, local): &(Vec<u32>, Vec<u32>)| {
+                if flags & FrontendEntry::LOCAL_SET == 0 { cluster.clone() } else { local.clone() }
+            };
+            let selected = both.map(pick).unwrap_or_default();
             let held = old.is_some_and(|old| old.frontends.contains(key));
             let slots = match tables.frontends.desired().get(key).filter(|_| held) {
                 Some(entry) if leads_to(entry, &selected, tables) => Slots::Kept,
@@ -327,10 +413,21 @@ impl Grant {
                     Slots::Changed(selected, range)
                 }
             };
-            frontends.insert(*key, slots);
+            frontends.insert(*key, (slots, *flags));
         }
-        let port = Port { id, backends, frontends: frontends.keys().copied().collect() };
-        Ok(Draft { port, frontends, local })
+        let lacks = |outside: bool| {
+            let of_kind = |w: &&WantedFrontend| (w.key.scope == FrontendKey::SCOPE_EXTERNAL) == outside;
+            wanted.frontends.iter().filter(of_kind).any(|w| w.flags & FrontendEntry::DROP_EMPTY != 0)
+        };
+        let port = Port {
+            id,
+            backends,
+            frontends: frontends.keys().copied().collect(),
+            sources: wanted.filtered.iter().flat_map(|(vip, sources)| sources.rows(id, *vip)).collect(),
+            lacks_internal: lacks(false),
+            lacks_external: lacks(true),
+        };
+        Ok(Draft { port, frontends, backends: flags })
     }
 
     fn backend(&mut self, pools: &mut Pools) -> Result<u32, Exhausted> {
@@ -374,7 +471,32 @@ fn leads_to(entry: &FrontendEntry, backends: &[u32], tables: &TableDeltas) -> bo
     current == wanted
 }
 
+const fn flags_of(target: &Target) -> u32 {
+    let local = if target.local { BackendEntry::LOCAL } else { 0 };
+    let in_cluster = if target.cluster { BackendEntry::IN_CLUSTER } else { 0 };
+    let in_local = if target.local_set { BackendEntry::IN_LOCAL } else { 0 };
+    local | in_cluster | in_local
+}
+
+/// Another service port holds what is asked for.
+fn conflict(place: &Place<'_>, asked: &Asked, holder: &ServicePortName) -> Diagnostic {
+    let Asked { key, kind, ip, .. } = asked;
+    let end = format!("{}/{}", key.port, key.proto);
+    let (problem, fix) = match kind {
+        Kind::NodePort => (
+            format!("node port {end} belongs to Service {holder}; the port is not served there"),
+            "use another node port, or delete the other one",
+        ),
+        Kind::Cluster | Kind::External | Kind::LoadBalancer => (
+            format!("{ip} port {end} belongs to Service {holder}; the port is not served there"),
+            "use another address or port, or delete the other one",
+        ),
+    };
+    place.finding(kind.field(place.index), problem, fix)
+}
+
 /// `None` when the name is too long.
-fn service_entry(name: &ServicePortName) -> Option<ServiceEntry> {
-    Some(ServiceEntry { name: NameBytes::new(&name.to_string())?, reserved: 0, affinity_seconds: 0 })
+fn service_entry(name: &ServicePortName, affinity_seconds: Option<u32>) -> Option<ServiceEntry> {
+    let affinity_seconds = affinity_seconds.unwrap_or(0);
+    Some(ServiceEntry { name: NameBytes::new(&name.to_string())?, reserved: 0, affinity_seconds })
 }

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use proxy_abi::{BackendEntry, FrontendEntry, FrontendKey};
+use proxy_abi::{BackendEntry, FrontendEntry, FrontendKey, PrefixKey};
 
 use crate::ids::{Generations, SlotRange};
 use crate::name::ServicePortName;
@@ -14,6 +14,7 @@ use crate::plan::TableDeltas;
 use crate::tables::Tables;
 
 use super::Compiler;
+use super::claims::is_of_cluster_address;
 use super::port::{Port, range_of};
 
 impl Compiler {
@@ -25,9 +26,21 @@ impl Compiler {
         let names = self.restore_services(actual, tables);
         let mut ports: BTreeMap<u32, Port> = names
             .keys()
-            .map(|id| (*id, Port { id: *id, backends: BTreeMap::new(), frontends: BTreeSet::new() }))
+            .map(|id| {
+                let port = Port {
+                    id: *id,
+                    backends: BTreeMap::new(),
+                    frontends: BTreeSet::new(),
+                    sources: BTreeSet::new(),
+                    lacks_internal: false,
+                    lacks_external: false,
+                };
+                (*id, port)
+            })
             .collect();
+        self.marks.restore(actual);
         self.restore_backends(actual, &mut ports, tables);
+        self.restore_prefixes(actual, &mut ports, tables);
         self.restore_frontends(actual, &names, &mut ports, tables);
         self.restore_leftover_slots(actual, tables, now);
         for (id, name) in names {
@@ -83,16 +96,31 @@ impl Compiler {
             for (slot, backend) in slots {
                 tables.slots.want(*slot, *backend);
             }
+            let inner = FrontendKey { scope: FrontendKey::SCOPE_CLUSTER, ..*key };
             let name = names.get(&entry.service).filter(|_| owned && is_whole(key, entry, actual, tables));
-            if let (Some(name), Some(port)) = (name, ports.get_mut(&entry.service)) {
+            let port = ports.get_mut(&entry.service).filter(|port| *key == inner || port.frontends.contains(&inner));
+            if let (Some(name), Some(port)) = (name, port) {
                 port.frontends.insert(*key);
                 tables.frontends.want(*key, *entry);
-                self.claim(*key, name, tables);
+                self.claim(*key, name, is_of_cluster_address(entry), tables);
             } else {
                 for part in parts {
                     self.retired.range(*key, part);
                 }
             }
+        }
+    }
+
+    fn restore_prefixes(&mut self, actual: &Tables, ports: &mut BTreeMap<u32, Port>, tables: &mut TableDeltas) {
+        for key in actual.prefixes.keys() {
+            match key.scope {
+                PrefixKey::SERVICE_CIDR | PrefixKey::LOCAL_SOURCE => self.ranges.restore(*key),
+                service => {
+                    let Some(port) = ports.get_mut(&service) else { continue };
+                    port.sources.insert(*key);
+                }
+            }
+            tables.prefixes.want(*key, 1);
         }
     }
 
@@ -120,7 +148,7 @@ fn is_whole(key: &FrontendKey, entry: &FrontendEntry, actual: &Tables, tables: &
         let backend = actual.slots.get(&slot).and_then(|id| tables.backends.desired().get(id));
         backend.is_some_and(fits)
     };
-    key.scope == FrontendKey::SCOPE_CLUSTER
+    [FrontendKey::SCOPE_CLUSTER, FrontendKey::SCOPE_EXTERNAL].contains(&key.scope)
         && key.port.get() != 0
         && range_of(entry).is_none_or(|range| range.slots().all(served))
 }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 
-use proxy_abi::{BackendEntry, FrontendKey, IpBytes, MacBytes};
-use proxy_core::event::{LinkPath, Node, PodLink};
+use proxy_abi::{BackendEntry, FrontendKey, IpBytes, MacBytes, PrefixKey};
+use proxy_core::event::{LinkPath, NetDevice, Node, PodLink};
 use proxy_core::name::ObjectName;
 use proxy_core::service::{Endpoint, EndpointPort, EndpointSlice, Protocol, Service, ServicePort};
 use proxy_core::tables::Tables;
@@ -23,7 +23,7 @@ pub(crate) fn number(port: u16) -> NonZeroU16 {
 }
 
 pub(crate) fn port(name: &str, protocol: Protocol, port: u16) -> ServicePort {
-    ServicePort { name: name.into(), protocol, port: number(port) }
+    ServicePort { name: name.into(), protocol, port: number(port), node_port: None }
 }
 
 pub(crate) fn service(n: &str, ips: &[&str], ports: &[ServicePort]) -> Service {
@@ -32,6 +32,12 @@ pub(crate) fn service(n: &str, ips: &[&str], ports: &[ServicePort]) -> Service {
         cluster_ips: ips.iter().map(|text| ip(text)).collect(),
         ports: ports.to_vec(),
         affinity_seconds: None,
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        internal_local: false,
+        external_local: false,
+        health_check_node_port: None,
     }
 }
 
@@ -56,7 +62,7 @@ pub(crate) fn slice(
         protocol: *protocol,
         port: number(*port),
     });
-    EndpointSlice { name: name(n), service: name(service), ports: ports.collect(), endpoints }
+    EndpointSlice { name: name(n), service: name(service), ports: ports.collect(), endpoints, triggered: None }
 }
 
 pub(crate) fn ready(address: &str) -> Endpoint {
@@ -94,6 +100,21 @@ pub(crate) fn link(ifindex: u32, addresses: &[&str]) -> PodLink {
         addresses: addresses.iter().map(|text| ip(text)).collect(),
         gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
         path: LinkPath::Redirect,
+        mtu: 0,
+    }
+}
+
+/// An uplink with these addresses.
+pub(crate) fn device(ifindex: u32, addresses: &[&str]) -> NetDevice {
+    let low = u8::try_from(ifindex).expect("a small index");
+    NetDevice {
+        ifindex,
+        name: format!("eth{ifindex}").into(),
+        mac: MacBytes([2, 0, 0, 0, 2, low]),
+        mtu: 1500,
+        addresses: addresses.iter().map(|text| ip(text)).collect(),
+        attach: true,
+        pod_bridge: false,
     }
 }
 
@@ -105,10 +126,12 @@ pub(crate) type BackendMeaning = (IpAddr, u16, u8, u32);
 pub(crate) struct Meaning {
     pub(crate) services: BTreeSet<String>,
     pub(crate) backends: BTreeSet<(String, BackendMeaning)>,
-    /// Frontend → owner and selected backends; the owner of an address mark is empty.
-    pub(crate) frontends: BTreeMap<FrontendKey, (String, Vec<BackendMeaning>)>,
+    /// Frontend → owner, flags and selected backends; the owner of an address mark is empty.
+    pub(crate) frontends: BTreeMap<FrontendKey, (String, u32, Vec<BackendMeaning>)>,
     pub(crate) devices: BTreeMap<u32, proxy_abi::DeviceEntry>,
     pub(crate) local_pods: BTreeMap<IpBytes, proxy_abi::LocalPodEntry>,
+    /// Scope, or owner, and range.
+    pub(crate) prefixes: BTreeSet<(String, IpBytes, u32)>,
 }
 
 /// Panics when a frontend leads to something that is not there.
@@ -129,7 +152,11 @@ pub(crate) fn meaning(tables: &Tables) -> Meaning {
             })
             .collect();
         backends.sort_unstable();
-        (*key, (service(entry.service), backends))
+        (*key, (service(entry.service), entry.flags, backends))
+    });
+    let prefixes = tables.prefixes.keys().map(|key| match key.scope {
+        PrefixKey::SERVICE_CIDR | PrefixKey::LOCAL_SOURCE => (format!("{:x}", key.scope), key.ip, key.length),
+        id => (service(id), key.ip, key.length),
     });
     Meaning {
         services: tables.services.keys().map(|id| service(*id)).collect(),
@@ -137,6 +164,7 @@ pub(crate) fn meaning(tables: &Tables) -> Meaning {
         frontends: frontends.collect(),
         devices: tables.devices.clone(),
         local_pods: tables.local_pods.clone(),
+        prefixes: prefixes.collect(),
     }
 }
 
@@ -145,7 +173,7 @@ pub(crate) fn settled_meaning(tables: &Tables) -> Meaning {
     let meaning = meaning(tables);
     assert_eq!(meaning.services.len(), tables.services.len(), "two ids for one service port");
     assert_eq!(meaning.backends.len(), tables.backends.len(), "two ids for one backend");
-    let selected: usize = meaning.frontends.values().map(|(_, backends)| backends.len()).sum();
+    let selected: usize = meaning.frontends.values().map(|(_, _, backends)| backends.len()).sum();
     assert_eq!(selected, tables.slots.len(), "slots that no frontend leads to");
     meaning
 }

@@ -39,23 +39,23 @@ fn dual_stack_service_with_two_ports_and_named_target_ports() {
         &node,
         "service 1 default/web:http
          service 2 default/web:dns
-         backend 1 10.244.0.2:8080/TCP service 1 generation 1 local
-         backend 2 10.244.1.2:8080/TCP service 1 generation 2
+         backend 1 10.244.0.2:8080/TCP service 1 generation 1 local in-cluster in-local
+         backend 2 10.244.1.2:8080/TCP service 1 generation 2 in-cluster
          backend 3 10.244.1.3:9090/TCP service 1 generation 3
-         backend 4 [fd00:244::2]:8080/TCP service 1 generation 4 local
-         backend 5 10.244.0.2:5353/UDP service 2 generation 5 local
-         backend 6 10.244.1.2:5353/UDP service 2 generation 6
+         backend 4 [fd00:244::2]:8080/TCP service 1 generation 4 local in-cluster in-local
+         backend 5 10.244.0.2:5353/UDP service 2 generation 5 local in-cluster in-local
+         backend 6 10.244.1.2:5353/UDP service 2 generation 6 in-cluster
          slot 1 backend 1
          slot 2 backend 2
          slot 3 backend 4
          slot 4 backend 5
          slot 5 backend 6
-         frontend 10.96.0.9 address
-         frontend 10.96.0.9:53/UDP service 2 slots 4-5 generation 1
-         frontend 10.96.0.9:80/TCP service 1 slots 1-2 generation 1
-         frontend fd00:96::9 address
-         frontend [fd00:96::9]:53/UDP service 2 no slots generation 1
-         frontend [fd00:96::9]:80/TCP service 1 slot 3 generation 1",
+         frontend 10.96.0.9 address reject
+         frontend 10.96.0.9:53/UDP service 2 slots 4-5 generation 1 masquerade-outside
+         frontend 10.96.0.9:80/TCP service 1 slots 1-2 generation 1 masquerade-outside
+         frontend fd00:96::9 address reject
+         frontend [fd00:96::9]:53/UDP service 2 no slots generation 1 masquerade-outside
+         frontend [fd00:96::9]:80/TCP service 1 slot 3 generation 1 masquerade-outside",
     );
     assert_eq!(node.diagnostics(), [""; 0]);
 }
@@ -74,18 +74,18 @@ fn a_changed_set_takes_a_new_range_and_the_rest_keeps_its_numbers() {
         &node,
         "service 1 default/a
          service 2 default/b
-         backend 2 10.244.0.2:8080/TCP service 1 generation 2
-         backend 3 10.244.0.3:8080/TCP service 2 generation 3
-         backend 4 10.244.0.4:8080/TCP service 1 generation 4
+         backend 2 10.244.0.2:8080/TCP service 1 generation 2 in-cluster
+         backend 3 10.244.0.3:8080/TCP service 2 generation 3 in-cluster
+         backend 4 10.244.0.4:8080/TCP service 1 generation 4 in-cluster
          slot 1 backend 1
          slot 2 backend 2
          slot 3 backend 3
          slot 4 backend 2
          slot 5 backend 4
-         frontend 10.96.0.1 address
-         frontend 10.96.0.1:80/TCP service 1 slots 4-5 generation 2
-         frontend 10.96.0.2 address
-         frontend 10.96.0.2:80/TCP service 2 slot 3 generation 1",
+         frontend 10.96.0.1 address reject
+         frontend 10.96.0.1:80/TCP service 1 slots 4-5 generation 2 masquerade-outside
+         frontend 10.96.0.2 address reject
+         frontend 10.96.0.2:80/TCP service 2 slot 3 generation 1 masquerade-outside",
     );
     node.settle();
     node.change([Event::Slice(web_slice("b", &[])), Event::Slice(web_slice("a", &["10.244.0.2"]))]);
@@ -94,14 +94,14 @@ fn a_changed_set_takes_a_new_range_and_the_rest_keeps_its_numbers() {
         &node,
         "service 1 default/a
          service 2 default/b
-         backend 1 10.244.0.3:8080/TCP service 2 generation 5
-         backend 2 10.244.0.2:8080/TCP service 1 generation 2
+         backend 1 10.244.0.3:8080/TCP service 2 generation 5 in-cluster
+         backend 2 10.244.0.2:8080/TCP service 1 generation 2 in-cluster
          slot 1 backend 2
          slot 2 backend 1
-         frontend 10.96.0.1 address
-         frontend 10.96.0.1:80/TCP service 1 slot 1 generation 3
-         frontend 10.96.0.2 address
-         frontend 10.96.0.2:80/TCP service 2 slot 2 generation 3",
+         frontend 10.96.0.1 address reject
+         frontend 10.96.0.1:80/TCP service 1 slot 1 generation 3 masquerade-outside
+         frontend 10.96.0.2 address reject
+         frontend 10.96.0.2:80/TCP service 2 slot 2 generation 3 masquerade-outside",
     );
 }
 
@@ -122,7 +122,7 @@ fn a_serving_endpoint_keeps_its_backend_when_it_takes_no_new_flows() {
         let meaning = meaning(node.tables());
         let found: Vec<_> = meaning.backends.iter().map(|(_, backend)| backend.0).collect();
         assert_eq!(found, backends.iter().map(|a| ip(a)).collect::<Vec<_>>(), "{what}");
-        let (_, found) = meaning.frontends.values().find(|(owner, _)| owner == "default/a").expect("the frontend");
+        let (_, _, found) = meaning.frontends.values().find(|(owner, ..)| owner == "default/a").expect("the frontend");
         assert_eq!(
             found.iter().map(|backend| backend.0).collect::<Vec<_>>(),
             selected.iter().map(|a| ip(a)).collect::<Vec<_>>(),
@@ -139,9 +139,9 @@ fn a_local_flag_changes_in_place() {
     };
     let mut node = TestNode::started([Event::Service(web("a", "10.96.0.1")), at("node-b")]);
     assert_eq!(node.change([at("node-a")]), 1);
-    assert!(node.text().contains("backend 1 10.244.0.1:8080/TCP service 1 generation 1 local\n"));
+    assert!(node.text().contains("backend 1 10.244.0.1:8080/TCP service 1 generation 1 local in-cluster in-local\n"));
     assert_eq!(node.change([Event::Node(Node { name: "node-c".into(), ..cluster::node() })]), 1);
-    assert!(node.text().contains("backend 1 10.244.0.1:8080/TCP service 1 generation 1\n"));
+    assert!(node.text().contains("backend 1 10.244.0.1:8080/TCP service 1 generation 1 in-cluster\n"));
 }
 
 #[test]
@@ -163,16 +163,17 @@ fn a_renamed_port_keeps_its_frontend_without_a_gap() {
     node.handle([named("new")]);
     node.sync();
     for step in &node.steps {
-        assert_eq!(step.frontends.len(), 2, "{step:?}");
+        let served = step.frontends.values().filter(|(owner, ..)| !owner.is_empty());
+        assert_eq!(served.count(), 1, "{step:?}");
     }
     node.settle();
     check(
         &node,
         "service 2 default/a:new
-         backend 2 10.244.0.1:8080/TCP service 2 generation 2
+         backend 2 10.244.0.1:8080/TCP service 2 generation 2 in-cluster
          slot 2 backend 2
-         frontend 10.96.0.1 address
-         frontend 10.96.0.1:80/TCP service 2 slot 2 generation 2",
+         frontend 10.96.0.1 address reject
+         frontend 10.96.0.1:80/TCP service 2 slot 2 generation 2 masquerade-outside",
     );
 }
 
@@ -187,9 +188,9 @@ fn ports_that_swap_numbers_within_a_service() {
         &node,
         "service 1 default/a:x
          service 2 default/a:y
-         frontend 10.96.0.1 address
-         frontend 10.96.0.1:80/TCP service 2 no slots generation 2
-         frontend 10.96.0.1:81/TCP service 1 no slots generation 2",
+         frontend 10.96.0.1 address reject
+         frontend 10.96.0.1:80/TCP service 2 no slots generation 2 masquerade-outside
+         frontend 10.96.0.1:81/TCP service 1 no slots generation 2 masquerade-outside",
     );
     assert_eq!(node.diagnostics(), [""; 0]);
 }
@@ -200,10 +201,10 @@ fn the_first_holder_of_a_frontend_keeps_it_until_it_goes() {
         TestNode::started([Event::Service(web("b", "10.96.0.1")), Event::Slice(web_slice("b", &["10.244.0.2"]))]);
     node.change([Event::Service(web("a", "10.96.0.1")), Event::Slice(web_slice("a", &["10.244.0.1"]))]);
     let held = "service 1 default/b
-         backend 1 10.244.0.2:8080/TCP service 1 generation 1
+         backend 1 10.244.0.2:8080/TCP service 1 generation 1 in-cluster
          slot 1 backend 1
-         frontend 10.96.0.1 address
-         frontend 10.96.0.1:80/TCP service 1 slot 1 generation 1";
+         frontend 10.96.0.1 address reject
+         frontend 10.96.0.1:80/TCP service 1 slot 1 generation 1 masquerade-outside";
     check(&node, held);
     let conflict =
         ["Service default/a spec.ports[0].port: 10.96.0.1 port 80/TCP belongs to Service default/b; the port is not \
@@ -217,10 +218,10 @@ fn the_first_holder_of_a_frontend_keeps_it_until_it_goes() {
     check(
         &node,
         "service 2 default/a
-         backend 2 10.244.0.1:8080/TCP service 2 generation 262146
+         backend 2 10.244.0.1:8080/TCP service 2 generation 262146 in-cluster
          slot 2 backend 2
-         frontend 10.96.0.1 address
-         frontend 10.96.0.1:80/TCP service 2 slot 2 generation 2",
+         frontend 10.96.0.1 address reject
+         frontend 10.96.0.1:80/TCP service 2 slot 2 generation 2 masquerade-outside",
     );
     assert_eq!(node.diagnostics(), [""; 0]);
 }
@@ -230,8 +231,8 @@ fn of_two_that_come_together_the_first_name_gets_the_frontend() {
     let events = [Event::Service(web("b", "10.96.0.1")), Event::Service(web("a", "10.96.0.1"))];
     let owner = |events: Vec<Event>| TestNode::started(events).text();
     let expected = "service 1 default/a
-frontend 10.96.0.1 address
-frontend 10.96.0.1:80/TCP service 1 no slots generation 1
+frontend 10.96.0.1 address reject
+frontend 10.96.0.1:80/TCP service 1 no slots generation 1 masquerade-outside
 ";
     assert_eq!(owner(events.to_vec()), expected);
     assert_eq!(owner(events.iter().rev().cloned().collect()), expected);
@@ -244,11 +245,6 @@ fn objects_that_cannot_be_served_get_a_finding_and_leave_the_rest_alone() {
     let long = "x".repeat(NameBytes([0; 144]).0.len());
     let rows: Vec<(Vec<Event>, Vec<String>)> =
         vec![
-        (
-            vec![Event::Service(service("a", &["10.96.0.1"], &[port("", Protocol::Sctp, 80)]))],
-            vec!["Service default/a spec.ports[0].protocol: SCTP is not supported; the port is not served; use TCP or \
-                  UDP".to_owned()],
-        ),
         (
             vec![Event::Service(web("a", "192.168.0.1"))],
             vec!["Service default/a spec.clusterIPs[0]: 192.168.0.1 is an address of this node; it is not served; take \
@@ -290,16 +286,14 @@ fn findings_that_do_not_keep_a_service_from_working() {
     check(
         &node,
         "service 1 default/a:x
-         backend 1 10.244.0.1:8080/TCP service 1 generation 1
+         backend 1 10.244.0.1:8080/TCP service 1 generation 1 in-cluster
          slot 1 backend 1
-         frontend 10.96.0.1 address
-         frontend 10.96.0.1:80/TCP service 1 slot 1 generation 1",
+         frontend 10.96.0.1 address reject
+         frontend 10.96.0.1:80/TCP service 1 slot 1 generation 1 affinity 10800s masquerade-outside",
     );
     assert_eq!(
         node.diagnostics(),
         [
-            "Service default/a spec.sessionAffinity: ClientIP is not supported; connections are balanced without \
-             affinity; set it to None, or do not rely on it",
             "EndpointSlice default/s endpoints[0].addresses[0]: 127.0.0.1 is a loopback address and is left out (and 2 \
              more like it); name an address that every node can reach",
             "Service default/a spec.ports[1].name: name \"x\" is that of another port; the port is not served; give \
@@ -327,7 +321,7 @@ fn a_cluster_address_that_is_a_pods_is_served_only_while_it_is_not() {
     node.change([Event::LinkGone(7)]);
     assert_eq!(node.text().replace("service 2", "service 1").replace("generation 2", "generation 1"), served);
     node.change([Event::Link(PodLink { gateways: vec![ip("10.96.0.1")], ..link(8, &[]) })]);
-    assert!(!node.text().contains("frontend"), "nor when it is a bridge's");
+    assert!(!node.text().contains("service"), "nor when it is a bridge's");
 }
 
 #[test]
@@ -365,7 +359,7 @@ fn a_full_map_leaves_the_old_state_and_everybody_else_alone() {
         let addresses: Vec<&str> = addresses.iter().map(String::as_str).collect();
         Event::Slice(web_slice(n, &addresses))
     };
-    // (settings, what there is no room for): 5 backends, 8 slots, 4 frontends with their marks.
+    // 5 backends, 8 slots.
     let mut node = TestNode::new(small(6, 9, 64));
     node.start([Event::Service(web("a", "10.96.0.1")), slice_of("a", 2)]);
     node.change([Event::Service(web("b", "10.96.0.2")), slice_of("b", 1)]);
@@ -397,7 +391,7 @@ fn full_frontends_slots_services_and_devices() {
             ]
         })
         .collect();
-    let rows = [(small(64, 64, 4), "frontends"), (small(64, 5, 64), "slots"), (small(5, 64, 64), "backends")];
+    let rows = [(small(64, 64, 8), "frontends"), (small(64, 5, 64), "slots"), (small(5, 64, 64), "backends")];
     for (settings, what) in rows {
         let mut node = TestNode::new(settings);
         node.start(services.clone());

@@ -24,7 +24,7 @@ impl TestNode {
     pub(crate) fn new(settings: Settings) -> Self {
         let mut fake = FakeDataplane::new(settings.capacity);
         fake.grace = settings.grace;
-        Self { reconciler: Reconciler::new(settings), fake, now: 1_000, settings, steps: Vec::new() }
+        Self { reconciler: Reconciler::new(settings.clone()), fake, now: 1_000, settings, steps: Vec::new() }
     }
 
     /// Everything listed, synced and settled.
@@ -114,7 +114,7 @@ impl TestNode {
 
     /// The agent dies and another one starts, which is told something else.
     pub(crate) fn restart_with(&mut self, events: impl IntoIterator<Item = Event>) {
-        self.reconciler = Reconciler::new(self.settings);
+        self.reconciler = Reconciler::new(self.settings.clone());
         self.handle(events);
     }
 
@@ -122,8 +122,19 @@ impl TestNode {
         self.fake.tables()
     }
 
+    /// The tables, but for the marks of this node's own addresses, which are the same in every test that does not ask
+    /// for others.
     pub(crate) fn text(&self) -> String {
-        self.fake.tables().to_string()
+        let usual = [
+            "frontend 127.0.0.1 address node-port node loopback",
+            "frontend 192.168.0.1 address node-port node",
+            "frontend 10.244.0.1 address node",
+            "frontend ::1 address node-port node loopback",
+            "frontend fd00:99::1 address node-port node",
+            "frontend fd00:244::1 address node",
+        ];
+        let text = self.fake.tables().to_string();
+        text.lines().filter(|line| !usual.contains(line)).flat_map(|line| [line, "\n"]).collect()
     }
 
     pub(crate) fn diagnostics(&self) -> Vec<String> {
@@ -135,6 +146,8 @@ impl TestNode {
 pub(crate) fn everything(state: &ClusterState) -> Vec<Event> {
     let mut events = vec![Event::Node(state.node().clone())];
     events.extend(state.links().cloned().map(Event::Link));
+    events.extend(state.devices().cloned().map(Event::Device));
+    events.extend(state.service_cidrs().map(|(name, ranges)| Event::ServiceCidr(name.clone(), ranges.to_vec())));
     for service in state.services() {
         events.push(Event::Service(service.clone()));
         events.extend(state.slices_of(&service.name).cloned().map(Event::Slice));
@@ -143,21 +156,23 @@ pub(crate) fn everything(state: &ClusterState) -> Vec<Event> {
 }
 
 /// A full listing of each source that names what the state has.
-pub(crate) fn listings(state: &ClusterState) -> [Event; 4] {
+pub(crate) fn listings(state: &ClusterState) -> [Event; 5] {
     let services = state.services().map(|service| service.name.clone()).collect();
     let slices = state.slices().map(|slice| slice.name.clone()).collect();
-    let links = state.links().map(|link| link.ifindex).collect();
+    let links = state.links().map(|link| link.ifindex).chain(state.devices().map(|device| device.ifindex)).collect();
+    let ranges = state.service_cidrs().map(|(name, _)| name.clone()).collect();
     [
         Event::Listed(Source::Services, Listing::Objects(services)),
         Event::Listed(Source::EndpointSlices, Listing::Objects(slices)),
         Event::Listed(Source::Node, Listing::Node),
         Event::Listed(Source::Links, Listing::Links(links)),
+        Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(ranges)),
     ]
 }
 
 /// Settings with few entries everywhere.
 pub(crate) fn small(backends: u32, slots: u32, frontends: u32) -> Settings {
-    let capacity = Capacity { services: 8, backends, slots, frontends, devices: 2, local_pods: 3 };
+    let capacity = Capacity { services: 8, backends, slots, frontends, devices: 2, local_pods: 3, prefixes: 4 };
     Settings { capacity, ..Settings::default() }
 }
 

@@ -6,11 +6,11 @@ use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
-use proxy_abi::{BackendEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PortBe, Proto};
+use proxy_abi::{BackendEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PortBe, PrefixKey, Proto};
 use proxy_core::event::{Event, LinkPath, Node, PodLink};
 use proxy_core::fake::When;
 use proxy_core::plan::plan;
-use proxy_core::service::{Endpoint, Protocol};
+use proxy_core::service::{Endpoint, Protocol, Service, ServicePort};
 use proxy_core::state::ClusterState;
 use proxy_core::tables::Tables;
 
@@ -24,6 +24,10 @@ struct World {
     slices: BTreeMap<u8, SliceShape>,
     pods: BTreeMap<u8, PodShape>,
     zone: Option<u8>,
+    /// Bits: addresses of other interfaces. One of them is a pod's at other times.
+    devices: u8,
+    /// Bits: two ServiceCIDRs, the range of the node's pods.
+    ranges: u8,
 }
 
 #[derive(Clone, Debug)]
@@ -31,6 +35,10 @@ struct ServiceShape {
     address: u8,
     families: u8,
     ports: u8,
+    /// Bits: NodePort, external address, load balancer, its sources, internal and external policy Local, affinity.
+    kind: u8,
+    /// Last number of the external address and of the load balancer's, added to the NodePort.
+    outside: (u8, u8),
 }
 
 #[derive(Clone, Debug)]
@@ -55,16 +63,18 @@ enum Conflicts {
 }
 
 fn worlds(conflicts: Conflicts) -> impl Strategy<Value = World> {
-    let services = btree_map(0..4_u8, (0..2_u8, 1..4_u8, 1..8_u8), 0..4);
+    let services = btree_map(0..4_u8, (0..2_u8, 1..4_u8, 1..8_u8, any::<u8>(), (0..6_u8, 0..6_u8)), 0..4);
     let endpoint = (1..6_u8, 0..6_u8, 0..3_u8, 0..4_u8);
     let slices = btree_map(0..6_u8, (0..4_u8, any::<bool>(), 0..2_u8, vec(endpoint, 0..4)), 0..6);
     let pods = btree_map(5..9_u8, (1..6_u8, 0..3_u8), 0..4);
-    (services, slices, pods, proptest::option::of(0..2_u8)).prop_map(move |(services, slices, pods, zone)| World {
+    let node = (proptest::option::of(0..2_u8), 0..32_u8, 0..8_u8);
+    (services, slices, pods, node).prop_map(move |(services, slices, pods, (zone, devices, ranges))| World {
         services: services
             .into_iter()
-            .map(|(id, (address, families, ports))| {
-                let address = if conflicts == Conflicts::Allowed { address } else { 10 + id };
-                (id, ServiceShape { address, families, ports })
+            .map(|(id, (address, families, ports, kind, outside))| {
+                let allowed = conflicts == Conflicts::Allowed;
+                let (address, outside) = if allowed { (address, outside) } else { (10 + id, (10 + id, 20 + id)) };
+                (id, ServiceShape { address, families, ports, kind, outside })
             })
             .collect(),
         slices: slices
@@ -79,28 +89,82 @@ fn worlds(conflicts: Conflicts) -> impl Strategy<Value = World> {
             })
             .collect(),
         zone,
+        devices,
+        ranges,
     })
+}
+
+/// Addresses from outside: some that anybody may have, some that are a Service's, a pod's, the node's, or in a range.
+fn outside(number: u8, v6: bool) -> std::net::IpAddr {
+    let strange = [("10.96.0.1", "fd00:96::1"), ("10.244.0.5", "fd00:244::5"), ("192.168.0.1", "fd00:99::1")];
+    cluster::ip(&match strange.get(usize::from(number)) {
+        Some((v4, _)) if !v6 => (*v4).to_owned(),
+        Some((_, v6)) => (*v6).to_owned(),
+        None if v6 => format!("fd00:203::{number:x}"),
+        None => format!("203.0.113.{number}"),
+    })
+}
+
+fn set(bits: u8, bit: u8) -> bool {
+    bits & (1 << bit) != 0
+}
+
+fn service_of(id: u8, shape: &ServiceShape) -> Service {
+    let ports = [("http", Protocol::Tcp, 80), ("dns", Protocol::Udp, 53), ("alt", Protocol::Tcp, 81)];
+    let node_port = |bit: u16| 30_000 + 8 * u16::from(shape.outside.0) + bit;
+    let ports: Vec<_> = (0_u8..)
+        .zip(ports)
+        .filter(|(bit, _)| set(shape.ports, *bit))
+        .map(|(bit, (name, protocol, number))| ServicePort {
+            node_port: set(shape.kind, 0).then(|| cluster::number(node_port(u16::from(bit)))),
+            ..port(name, protocol, number)
+        })
+        .collect();
+    let (v4, v6) = (format!("10.96.0.{}", shape.address), format!("fd00:96::{}", shape.address));
+    let ips = [(0, &v4), (1, &v6)].into_iter().filter(|(bit, _)| set(shape.families, *bit));
+    let ips: Vec<&str> = ips.map(|(_, ip)| ip.as_str()).collect();
+    let both = |bit: u8, number: u8| {
+        let wanted = set(shape.kind, bit);
+        [false, true].into_iter().filter(move |_| wanted).map(move |v6| outside(number, v6)).collect::<Vec<_>>()
+    };
+    let sources = ["192.0.2.0/24", "192.168.0.0/24", "fd00:2::/64", "::/3"];
+    let sources =
+        (0_u8..).zip(sources).filter(|(bit, _)| set(shape.kind, 3) && set(shape.outside.1 | shape.ports, *bit));
+    Service {
+        affinity_seconds: set(shape.kind, 6).then_some(60),
+        external_ips: both(1, shape.outside.0),
+        load_balancer_ips: both(2, shape.outside.1),
+        source_ranges: sources.map(|(_, range)| range.parse().expect("a range")).collect(),
+        internal_local: set(shape.kind, 4),
+        external_local: set(shape.kind, 5),
+        health_check_node_port: set(shape.kind, 7).then(|| cluster::number(32_000)),
+        ..service(&format!("s{id}"), &ips, &ports)
+    }
 }
 
 impl World {
     fn state(&self) -> ClusterState {
         let mut state = ClusterState::default();
-        state.apply(Event::Node(Node { zone: self.zone.map(|zone| format!("zone-{zone}").into()), ..cluster::node() }));
+        let range = |text: &str| text.parse().expect("a range");
+        let pod_cidrs = if set(self.ranges, 2) { vec![range("10.244.0.0/24")] } else { Vec::new() };
+        let zone = self.zone.map(|zone| format!("zone-{zone}").into());
+        state.apply(Event::Node(Node { zone, pod_cidrs, ..cluster::node() }));
+        let cidrs = [("a", vec![range("10.96.0.0/16")]), ("b", vec![range("203.0.113.8/29"), range("fd00:203::/64")])];
+        for (_, (name, ranges)) in (0_u8..).zip(cidrs).filter(|(bit, _)| set(self.ranges, *bit)) {
+            state.apply(Event::ServiceCidr(name.into(), ranges));
+        }
+        let addresses =
+            [(2, "192.168.0.1"), (2, "fd00:99::7"), (3, "203.0.113.10"), (3, "10.96.0.1"), (6, "192.168.7.1")];
+        let addresses: Vec<_> =
+            (0_u8..).zip(addresses).filter(|(bit, _)| set(self.devices, *bit)).map(|(_, device)| device).collect();
+        for index in [2, 3, 6] {
+            let own: Vec<&str> = addresses.iter().filter(|(i, _)| *i == index).map(|(_, ip)| *ip).collect();
+            if !own.is_empty() && !self.pods.contains_key(&u8::try_from(index).expect("small")) {
+                state.apply(Event::Device(cluster::device(index, &own)));
+            }
+        }
         for (id, shape) in &self.services {
-            let ports = [("http", Protocol::Tcp, 80), ("dns", Protocol::Udp, 53), ("alt", Protocol::Tcp, 81)];
-            let ports: Vec<_> = ports
-                .into_iter()
-                .enumerate()
-                .filter(|(bit, _)| shape.ports & (1 << bit) != 0)
-                .map(|(_, (name, protocol, number))| port(name, protocol, number))
-                .collect();
-            let (v4, v6) = (format!("10.96.0.{}", shape.address), format!("fd00:96::{}", shape.address));
-            let ips: Vec<&str> = [(1, &v4), (2, &v6)]
-                .into_iter()
-                .filter(|(bit, _)| shape.families & bit != 0)
-                .map(|(_, ip)| ip.as_str())
-                .collect();
-            state.apply(Event::Service(service(&format!("s{id}"), &ips, &ports)));
+            state.apply(Event::Service(service_of(*id, shape)));
         }
         for (id, shape) in &self.slices {
             let target = 8080 + u16::from(shape.target);
@@ -149,6 +213,10 @@ fn between(old: &ClusterState, new: &ClusterState) -> Vec<Event> {
     let gone = old.services().filter(|s| new.service(&s.name).is_none());
     events.extend(gone.map(|s| Event::ServiceGone(s.name.clone())));
     events.extend(old.links().filter(|l| new.link(l.ifindex).is_none()).map(|l| Event::LinkGone(l.ifindex)));
+    events.extend(old.devices().filter(|d| new.device(d.ifindex).is_none()).map(|d| Event::DeviceGone(d.ifindex)));
+    let known: BTreeSet<_> = new.service_cidrs().map(|(name, _)| name).collect();
+    let gone = old.service_cidrs().filter(|(name, _)| !known.contains(name));
+    events.extend(gone.map(|(name, _)| Event::ServiceCidrGone(name.clone())));
     events
 }
 
@@ -192,19 +260,14 @@ fn junk() -> impl Strategy<Value = Tables> {
         reserved: 0,
         flags: 0,
     });
-    let key = (address.clone(), prop_oneof![Just(80), Just(81)]).prop_map(|(ip, port)| FrontendKey {
-        ip: ip.into(),
-        port: PortBe::new(port),
-        proto: Proto::TCP,
-        scope: 0,
+    let key = (address.clone(), prop_oneof![Just(0), Just(80), Just(81)], 0..2_u8)
+        .prop_map(|(ip, port, scope)| FrontendKey { ip: ip.into(), port: PortBe::new(port), proto: Proto::TCP, scope });
+    let frontend = (id.clone(), 0..4_u32, id.clone(), 0..128_u32).prop_map(|(first, count, service, flags)| {
+        FrontendEntry { first, count, service, flags, affinity_seconds: 0, generation: 1 }
     });
-    let frontend = (id.clone(), 0..4_u32, id.clone()).prop_map(|(first, count, service)| FrontendEntry {
-        first,
-        count,
-        service,
-        flags: 0,
-        affinity_seconds: 0,
-        generation: 1,
+    let prefix = (address.clone(), id.clone(), 0..40_u8, any::<bool>()).prop_map(|(ip, service, bits, global)| {
+        let scope = if global { PrefixKey::SERVICE_CIDR } else { service };
+        PrefixKey::range(scope, ip.into(), bits.min(32))
     });
     let pod = id.clone().prop_map(|ifindex| LocalPodEntry {
         ifindex,
@@ -218,13 +281,15 @@ fn junk() -> impl Strategy<Value = Tables> {
         btree_map(id.clone(), id, 0..8),
         btree_map(key, frontend, 0..5),
         btree_map(address.prop_map(IpBytes::from), pod, 0..4),
+        btree_map(prefix, Just(1), 0..4),
     )
-        .prop_map(|(services, backends, slots, frontends, local_pods)| Tables {
+        .prop_map(|(services, backends, slots, frontends, local_pods, prefixes)| Tables {
             services,
             backends,
             slots,
             frontends,
             local_pods,
+            prefixes,
             ..Tables::default()
         })
 }
@@ -238,7 +303,7 @@ fn after(mut tables: Tables, desired: &Tables) -> Tables {
 
 /// Every version of every frontend that was ever meant.
 #[derive(Default)]
-struct History(BTreeMap<FrontendKey, Vec<(String, Vec<cluster::BackendMeaning>)>>);
+struct History(BTreeMap<FrontendKey, Vec<(String, u32, Vec<cluster::BackendMeaning>)>>);
 
 impl History {
     fn add(&mut self, meaning: &Meaning) {
@@ -252,8 +317,12 @@ impl History {
 
     /// Each step has only whole versions. A backend's flags change in place, so they are not compared.
     fn check(&self, steps: &[Meaning]) {
-        let bare = |(owner, backends): &(String, Vec<cluster::BackendMeaning>)| {
-            (owner.clone(), backends.iter().map(|(ip, port, proto, _)| (*ip, *port, *proto)).collect::<Vec<_>>())
+        let bare = |(owner, flags, backends): &(String, u32, Vec<cluster::BackendMeaning>)| {
+            (
+                owner.clone(),
+                *flags,
+                backends.iter().map(|(ip, port, proto, _)| (*ip, *port, *proto)).collect::<Vec<_>>(),
+            )
         };
         for (key, version) in steps.iter().flat_map(|step| &step.frontends) {
             let known = self.0.get(key).is_some_and(|versions| versions.iter().any(|v| bare(v) == bare(version)));
@@ -388,7 +457,7 @@ proptest! {
     fn what_was_not_listed_to_the_end_is_not_deleted(
         a in worlds(Conflicts::Allowed),
         b in worlds(Conflicts::Allowed),
-        left_out in 0..4_usize,
+        left_out in 0..5_usize,
     ) {
         let (a, b) = (a.state(), b.state());
         let mut node = node_with(&a);

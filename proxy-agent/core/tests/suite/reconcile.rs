@@ -28,7 +28,7 @@ fn partial_is_unknown_never_empty() {
     let (before, asked) = (node.tables().clone(), node.fake.asked);
     let state = node.reconciler.state().clone();
     // Each source in turn never finishes its first list, having named nothing.
-    for left_out in 0..4 {
+    for left_out in 0..5 {
         node.restart_with(
             listings(&proxy_core::state::ClusterState::default())
                 .into_iter()
@@ -245,8 +245,9 @@ fn rows_that_make_no_sense_are_deleted_and_their_numbers_are_safe() {
         reserved: 0,
         flags: 0,
     };
+    let flags = FrontendEntry::MASQUERADE_OUTSIDE;
     let frontend =
-        |first, count, service| FrontendEntry { first, count, service, flags: 0, affinity_seconds: 0, generation: 5 };
+        |first, count, service| FrontendEntry { first, count, service, flags, affinity_seconds: 0, generation: 5 };
     let key =
         |address: &str| FrontendKey { ip: ip(address).into(), port: PortBe::new(80), proto: Proto::TCP, scope: 0 };
     let broken = Tables {
