@@ -1,15 +1,21 @@
 //! The command line.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use proxy_abi::capacity;
 use tracing_subscriber::EnvFilter;
 
 use crate::dataplane::{self, AttachMode};
 use crate::k8s::SourceConfig;
+use crate::kubeproxy::cleanup::Cleanup;
+use crate::kubeproxy::config::ConfigFile;
+use crate::kubeproxy::reload::Reload;
+use crate::kubeproxy::value::{ExternalIps, LogFormat};
+use crate::kubeproxy::{Flags, Settings};
 use crate::node::classify::NamePattern;
 use crate::view::{self, Format};
 use crate::{app, check};
@@ -38,8 +44,9 @@ enum Command {
     Flow(ListArgs),
     /// Pod interfaces.
     Device(ListArgs),
-    /// Detach everything and remove every pin. Connections through Services end.
-    Cleanup(PinArgs),
+    /// Detach everything and remove every pin. Connections through Services end. With --kube-proxy: remove what
+    /// kube-proxy left, and nothing of this agent.
+    Cleanup(CleanupArgs),
 }
 
 #[derive(Debug, Args)]
@@ -80,6 +87,25 @@ struct CheckArgs {
     cgroup: CgroupArg,
 }
 
+#[derive(Debug, Args)]
+struct CleanupArgs {
+    #[command(flatten)]
+    pins: PinArgs,
+    /// Remove kube-proxy's chains of iptables (legacy and nft), its nftables tables, ipsets and the link kube-ipvs0.
+    /// Nothing else is touched. Only when the agent serves and kube-proxy does not run.
+    #[arg(long)]
+    kube_proxy: bool,
+    /// Only tell what would be removed.
+    #[arg(long, requires = "kube_proxy")]
+    dry_run: bool,
+    /// Do not ask whether the agent serves and kube-proxy runs.
+    #[arg(long, requires = "kube_proxy")]
+    force: bool,
+    /// Health server of the agent.
+    #[arg(long, requires = "kube_proxy", default_value = "127.0.0.1:10256", value_name = "IP:PORT")]
+    healthz: SocketAddr,
+}
+
 /// `auto`, `none` or a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum CgroupArg {
@@ -113,16 +139,6 @@ impl CgroupArg {
     }
 }
 
-/// How log lines are written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
 #[derive(Debug, Args)]
 struct RunArgs {
     #[command(flatten)]
@@ -130,14 +146,11 @@ struct RunArgs {
     /// `kube` (an API server) or `dir:PATH` (a folder of manifests, watched).
     #[arg(long, default_value = "kube")]
     source: String,
-    /// Kubeconfig file, for --source kube outside of a pod.
-    #[arg(long)]
-    kubeconfig: Option<PathBuf>,
     /// URLs of API servers, with commas: used with the ServiceAccount's token in place of the in-cluster address, which
     /// is a ClusterIP and works only once this agent runs.
     #[arg(long, env = "PROXY_AGENT_APISERVER")]
     apiserver: Option<String>,
-    /// Name of this node's Node object; the host name if not given.
+    /// Name of this node's Node object, unless --hostname-override or the file gives one; the host name if not given.
     #[arg(long, env = "NODE_NAME")]
     node_name: Option<String>,
     /// How programs are attached to interfaces.
@@ -150,18 +163,18 @@ struct RunArgs {
     /// Only bridges of these names (`*` and `?` allowed) carry pods; by default every bridge with an address does.
     #[arg(long)]
     pod_bridge: Vec<NamePattern>,
-    /// Address of the health server; `none` for none.
-    #[arg(long, default_value = "0.0.0.0:10256")]
-    healthz_bind_address: String,
-    /// Entries for established TCP flows; two for each that is translated. Applies when the map is first made.
-    #[arg(long, default_value_t = capacity::FLOW_LIVE, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
-    flow_live_entries: u32,
+    /// What becomes of externalIPs of Services: all, none, or only those in these ranges.
+    #[arg(long, value_name = "all|none|CIDR[,CIDR]")]
+    external_ips: Option<ExternalIps>,
+    /// Entries for established TCP flows; two for each that is translated. Applies when the map is first made. Twice
+    /// what --conntrack-max-per-core and --conntrack-min ask for, if either is given [default: 262144]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
+    flow_live_entries: Option<u32>,
     /// Entries for handshakes, closing TCP and UDP. Applies when the map is first made.
     #[arg(long, default_value_t = capacity::FLOW_BRIEF, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
     flow_brief_entries: u32,
-    /// Log lines for people or for programs.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    log_format: LogFormat,
+    #[command(flatten)]
+    kube_proxy: Flags,
 }
 
 impl Cli {
@@ -180,8 +193,12 @@ impl Cli {
             Command::Backend(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::backends),
             Command::Flow(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::flows),
             Command::Device(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::devices),
+            Command::Cleanup(CleanupArgs { kube_proxy: true, dry_run, force, healthz, pins: _ }) => {
+                view::lines(&Cleanup { healthz, force, dry_run }.run()?, "nothing of kube-proxy is here");
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Cleanup(args) => {
-                view::lines(&dataplane::cleanup(&args.pin_root)?, "nothing of proxy-agent is here");
+                view::lines(&dataplane::cleanup(&args.pins.pin_root)?, "nothing of proxy-agent is here");
                 Ok(ExitCode::SUCCESS)
             }
         }
@@ -197,50 +214,54 @@ fn run(args: RunArgs) -> Result<()> {
     let RunArgs {
         pins: PinArgs { pin_root },
         source,
-        kubeconfig,
         apiserver,
         node_name,
         attach,
         cgroup,
         pod_bridge,
-        healthz_bind_address,
+        external_ips,
         flow_live_entries,
         flow_brief_entries,
-        log_format,
+        kube_proxy: flags,
     } = args;
-    log(log_format);
-    let node_name = match node_name {
+    let external_ips = external_ips.map(|ExternalIps(which)| which);
+    let file = flags.config.as_deref().map(ConfigFile::read).transpose()?;
+    let (settings, ignored) = Settings::new(file.as_ref(), &flags, external_ips.as_ref())?;
+    log(&settings);
+    for field in ignored {
+        tracing::warn!(field = field.field, "set, and without effect: {}", field.why);
+    }
+    let node_name = match settings.node_name.clone().or(node_name) {
         Some(name) => name,
         None => nix::unistd::gethostname().context("host name; give --node-name")?.to_string_lossy().to_lowercase(),
     };
-    let healthz = match healthz_bind_address.as_str() {
-        "none" => None,
-        address => Some(
-            address.parse().with_context(|| format!("--healthz-bind-address {address}: write ADDRESS:PORT or none"))?,
-        ),
-    };
+    // A folder needs no server: what the file says of one does not matter then, what a flag says is a mistake.
+    let kubeconfig = if source == "kube" { settings.kubeconfig.clone() } else { flags.kubeconfig.clone() };
+    let apiserver = flags.master.as_deref().or(apiserver.as_deref());
+    let flows = settings.flows.map(|flows| flows.saturating_mul(2).clamp(256, 16_777_216));
     let config = app::Config {
-        source: SourceConfig::from_flags(&source, kubeconfig, apiserver.as_deref())?,
+        source: SourceConfig::from_flags(&source, kubeconfig, apiserver)?,
         node_name,
         dataplane: dataplane::Config {
             pin_root,
             attach,
             cgroup: cgroup.resolve()?,
-            flow_live: flow_live_entries,
+            flow_live: flow_live_entries.or(flows).unwrap_or(capacity::FLOW_LIVE),
             flow_brief: flow_brief_entries,
         },
         pod_bridges: pod_bridge,
-        healthz,
+        reload: file.map(|file| Reload::new(file, flags, external_ips, settings.clone())),
+        settings,
     };
     // Two threads: one for the reconciler, whose system calls block, one for everything that must go on meanwhile.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(app::run(config))
 }
 
-fn log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+fn log(settings: &Settings) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(settings.log_filter()));
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match format {
+    match settings.log_format {
         LogFormat::Text => subscriber.with_ansi(false).init(),
         LogFormat::Json => subscriber.json().init(),
     }

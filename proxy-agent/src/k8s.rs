@@ -28,6 +28,7 @@ mod dir;
 mod folder;
 mod manifest;
 mod metrics;
+pub mod recorder;
 mod transport;
 mod trouble;
 

@@ -3,8 +3,9 @@
 //! ```text
 //!   k8s (API server or folder) ─┐                          ┌─▶ dataplane (aya): maps, programs, links
 //!                               ├─ Event ─▶ app: reconciler ┤
-//!   node (netlink) ─────────────┘      (proxy-core, pure)  └─▶ serve: health
+//!   node (netlink) ─────────────┘      (proxy-core, pure)  └─▶ serve: health, metrics, Events
 //!
+//!   cli ─▶ kubeproxy: its configuration and flags, its leavings
 //!   cli ─▶ view: tables for people and programs, from the pinned maps alone
 //! ```
 
@@ -13,6 +14,7 @@ pub mod check;
 pub mod cli;
 pub mod dataplane;
 pub mod k8s;
+pub mod kubeproxy;
 pub mod node;
 pub mod serve;
 pub mod view;

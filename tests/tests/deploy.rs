@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use clap::{CommandFactory as _, Parser as _};
 use proxy_agent::cli::Cli;
+use proxy_agent::kubeproxy::{Flags, Settings};
 use proxy_agent::serve::{self, Health};
 use proxy_tests::kube_manifest::{deploy_dir, documents, of_kind};
 use serde_json::{Value, json};
@@ -203,7 +204,7 @@ fn kustomization_names_every_manifest_and_the_image() {
 
 #[test]
 fn probes_ask_what_the_agent_serves() {
-    let address: SocketAddr = default_of("healthz-bind-address").parse().expect("an address");
+    let address = Settings::new(None, &Flags::default(), None).expect("defaults").0.healthz.expect("served by default");
     let container = container();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {

@@ -243,6 +243,19 @@ impl Reconciler {
         self.phase == Adoption::Done && self.dirty.is_empty() && self.tables.pending_len() == 0
     }
 
+    /// How many rows each map is to have.
+    pub fn row_counts(&self) -> [(&'static str, usize); 6] {
+        use proxy_abi::map;
+        [
+            (map::SERVICE, self.tables.services.desired().len()),
+            (map::BACKEND, self.tables.backends.desired().len()),
+            (map::BACKEND_SLOT, self.tables.slots.desired().len()),
+            (map::FRONTEND, self.tables.frontends.desired().len()),
+            (map::DEVICE, self.tables.devices.desired().len()),
+            (map::LOCAL_POD, self.tables.local_pods.desired().len()),
+        ]
+    }
+
     /// The cluster state.
     pub const fn state(&self) -> &ClusterState {
         &self.state
