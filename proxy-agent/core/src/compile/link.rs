@@ -151,7 +151,7 @@ impl Compiler {
             pod_mac: device.mac,
             gateway_mac: device.mac,
             bridge: 0,
-            flags: if device.attach { DeviceEntry::NETDEV } else { 0 },
+            flags: if device.attach { DeviceEntry::NETDEV } else { DeviceEntry::PLAIN },
             slot: 0,
             reserved: 0,
             since: 0,
