@@ -287,7 +287,7 @@ impl World {
     /// Removes idle flows.
     fn sweep(&self, maps: &Maps, settings: &Settings) {
         let start = Instant::now();
-        let removed = match sweep(&maps.flow_live, &settings.timeouts, monotonic()) {
+        let removed = match sweep(maps, &settings.timeouts, monotonic()) {
             Ok((all, removed)) => {
                 tracing::debug!(all, removed, "looked through the established flows");
                 self.metrics.map(map::FLOW_LIVE, usage(all.saturating_sub(removed), maps.flow_live.capacity()));

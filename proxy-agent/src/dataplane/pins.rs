@@ -33,7 +33,7 @@ const fn layout<K, V>(name: &'static str, kind: MapType) -> Layout {
 }
 
 /// Every pinned map.
-pub const LAYOUTS: [Layout; 13] = [
+pub const LAYOUTS: [Layout; 14] = [
     layout::<u32, ServiceEntry>(map::SERVICE, MapType::Hash),
     layout::<u32, BackendEntry>(map::BACKEND, MapType::Array),
     layout::<u32, u32>(map::BACKEND_SLOT, MapType::Array),
@@ -47,6 +47,7 @@ pub const LAYOUTS: [Layout; 13] = [
     layout::<u32, CounterEntry>(map::COUNTER, MapType::PerCpuArray),
     layout::<PrefixKey, u32>(map::PREFIX, MapType::LpmTrie),
     layout::<AffinityKey, AffinityEntry>(map::AFFINITY, MapType::LruHash),
+    layout::<u32, u64>(map::POD_FLOWS, MapType::Hash),
 ];
 
 /// The pin directory of this version.
@@ -70,6 +71,7 @@ pub struct Maps {
     pub local_pod: Map<IpBytes, LocalPodEntry>,
     pub prefix: Map<PrefixKey, u32>,
     pub affinity: Map<AffinityKey, AffinityEntry>,
+    pub pod_flows: Map<u32, u64>,
     pub flow_live: Map<FlowKey, FlowEntry>,
     pub flow_brief: Map<FlowKey, FlowEntry>,
     pub counter: Map<u32, CounterEntry>,
@@ -171,8 +173,22 @@ impl Pins {
         if !directory.exists() {
             return Err(Error::NotRunning { path: directory });
         }
-        let [service, backend, slot, frontend, device, local_pod, live, brief, _, _, counter, prefix, affinity] =
-            LAYOUTS;
+        let [
+            service,
+            backend,
+            slot,
+            frontend,
+            device,
+            local_pod,
+            live,
+            brief,
+            _,
+            _,
+            counter,
+            prefix,
+            affinity,
+            pod_flows,
+        ] = LAYOUTS;
         Ok(Maps {
             service: Map::open(&directory, service)?,
             backend: Map::open(&directory, backend)?,
@@ -182,6 +198,7 @@ impl Pins {
             local_pod: Map::open(&directory, local_pod)?,
             prefix: Map::open(&directory, prefix)?,
             affinity: Map::open(&directory, affinity)?,
+            pod_flows: Map::open(&directory, pod_flows)?,
             flow_live: Map::open(&directory, live)?,
             flow_brief: Map::open(&directory, brief)?,
             counter: Map::open(&directory, counter)?,

@@ -4,13 +4,14 @@
 //! know. Nothing else needs the agent: all other flows are evictable, and what ends in the ordinary way leaves
 //! `flow_live` in the kernel.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
+use proxy_abi::FlowEntry;
 use proxy_abi::flow::state;
-use proxy_abi::{FlowEntry, FlowKey};
 
 use super::Error;
-use super::map::Map;
+use super::pins::Maps;
 
 /// How long an entry may be idle, by its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,16 +46,30 @@ pub fn monotonic() -> u64 {
 /// Removes what is past its time; returns how many entries there were and how many went.
 ///
 /// An entry is read again before it goes: a packet may have used it meanwhile.
-pub fn sweep(flows: &Map<FlowKey, FlowEntry>, timeouts: &Timeouts, now: u64) -> Result<(usize, usize), Error> {
+///
+/// Counts the flows of each pod anew on the way: the programs' own counts drift when two CPUs move one flow at once.
+pub fn sweep(maps: &Maps, timeouts: &Timeouts, now: u64) -> Result<(usize, usize), Error> {
+    let flows = &maps.flow_live;
     let all = flows.read()?;
     let mut removed = 0;
+    let mut counts: BTreeMap<u32, u64> = maps.pod_flows.read()?.into_iter().map(|(pod, _)| (pod, 0)).collect();
     for (key, entry) in &all {
+        if entry.flags & FlowEntry::KEY_ORIGINAL != 0 && entry.initiator_ifindex != 0 {
+            *counts.entry(entry.initiator_ifindex).or_default() += 1;
+        }
         if timeouts.is_over(entry, now)
             && let Some(again) = flows.get(key)?
             && timeouts.is_over(&again, now)
             && flows.delete(key)?
         {
             removed += 1;
+        }
+    }
+    for (pod, count) in counts {
+        if count == 0 {
+            maps.pod_flows.delete(&pod)?;
+        } else {
+            maps.pod_flows.set(&pod, &count)?;
         }
     }
     Ok((all.len(), removed))

@@ -14,6 +14,7 @@
 //!   socket          LRU_HASH   SocketKey   32   SocketEntry      32  socket programs
 //!   counter         PERCPU_ARRAY index      4   CounterEntry     16  programs: hook × reason
 //!   prefix          LPM_TRIE   PrefixKey   24   u32               4  agent: service ranges, sources; the value is 1
+//!   pod_flows       HASH       ifindex      4   u64               8  programs: flows in flow_live; agent: recounted
 //!   affinity        LRU_HASH   AffinityKey 24   AffinityEntry    16  programs
 //!   work            PERCPU_ARRAY 0          4   Work            384  programs: scratch, not pinned
 //! ```
@@ -95,8 +96,10 @@ pub mod map {
     pub const PREFIX: &str = "prefix";
     /// Clients of Services with session affinity.
     pub const AFFINITY: &str = "affinity";
+    /// Established flows of each pod.
+    pub const POD_FLOWS: &str = "pod_flows";
     /// All of them.
-    pub const ALL: [&str; 13] = [
+    pub const ALL: [&str; 14] = [
         SERVICE,
         BACKEND,
         BACKEND_SLOT,
@@ -110,6 +113,7 @@ pub mod map {
         COUNTER,
         PREFIX,
         AFFINITY,
+        POD_FLOWS,
     ];
 }
 

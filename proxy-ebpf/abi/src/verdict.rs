@@ -93,6 +93,7 @@ named! {
         SourceNotAllowed = 42, "source_not_allowed", "drop: the client is in no range of loadBalancerSourceRanges";
         NoRoute = 43, "no_route", "drop: the node has no route to where the packet must go";
         TooBig = 44, "too_big", "refused: the packet is bigger than what the next link carries";
+        PodQuota = 46, "pod_quota", "refused: the pod holds as many established flows as one pod may";
         RefuseLimited = 45, "refuse_limited", "drop: refusals are limited to as many a second as the kernel sends";
     }
 }

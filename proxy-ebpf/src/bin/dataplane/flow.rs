@@ -4,6 +4,8 @@
 //! `flow_brief`. A flow that is promoted leaves its entries in `flow_brief` behind: they are the first to be evicted,
 //! have the same content but for the state, and serve the last packets after the flow has left `flow_live`.
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use proxy_abi::flow::state;
 use proxy_abi::{FlowEntry, FlowKey, Hook, Proto, Reason, Work};
@@ -11,7 +13,7 @@ use proxy_ebpf::conntrack;
 
 use crate::ctx::{copy_flow, forget, write_key};
 use crate::exit::count;
-use crate::maps::{FLOW_BRIEF, FLOW_LIVE, WORK};
+use crate::maps::{FLOW_BRIEF, FLOW_LIVE, POD_FLOWS, POD_QUOTA, WORK};
 
 /// The entry under a key.
 #[inline(always)]
@@ -148,6 +150,7 @@ extern "C" fn flow_transfer(work: *mut Work, proto_family: u32, moves: u32, hook
     own_key(work, proto_family as u16);
     if moves == PROMOTE {
         if FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_ANY)).is_ok() {
+            charge(&work.entry, 1);
             return 0;
         }
         count(if hook == Hook::FromPod as u32 { Hook::FromPod } else { Hook::ToPod }, Reason::FlowLiveFull, 0);
@@ -170,8 +173,36 @@ extern "C" fn flow_transfer(work: *mut Work, proto_family: u32, moves: u32, hook
             let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY));
         }
     }
-    let _ = FLOW_LIVE.remove(&work.key);
+    if FLOW_LIVE.remove(&work.key).is_ok() {
+        charge(&work.entry, LESS);
+    }
     0
+}
+
+/// One less, in a sum that wraps.
+const LESS: u64 = u64::MAX;
+
+/// Counts a flow that comes into `flow_live` or leaves it, for the pod that began it: once for its two entries. Two CPUs
+/// may move one flow at once, and a count be off by one then: the agent counts anew every minute.
+#[inline(always)]
+fn charge(entry: &FlowEntry, change: u64) {
+    if entry.flags & FlowEntry::KEY_ORIGINAL == 0 || entry.initiator_ifindex == 0 {
+        return;
+    }
+    if let Some(count) = POD_FLOWS.get_ptr_mut(&entry.initiator_ifindex) {
+        // SAFETY: a pointer into a map that was just found, aligned as its values are; other CPUs add to it atomically, too.
+        unsafe { AtomicU64::from_ptr(count) }.fetch_add(change, Ordering::Relaxed);
+    } else if change == 1 {
+        let _ = POD_FLOWS.insert(&entry.initiator_ifindex, &1, u64::from(BPF_NOEXIST));
+    }
+}
+
+/// Has a pod begun as many established flows as one pod may?
+#[inline(always)]
+pub(crate) fn is_over_quota(ifindex: u32) -> bool {
+    let quota = POD_QUOTA.load();
+    // SAFETY: a pointer into a map that was just found.
+    quota != 0 && POD_FLOWS.get_ptr(&ifindex).is_some_and(|count| unsafe { *count } >= u64::from(quota))
 }
 
 /// Takes a flow whose initiator begins anew out of both tables, under both keys.
@@ -195,7 +226,9 @@ extern "C" fn flow_remove(work: *mut Work, proto_family: u32) -> u32 {
     // SAFETY: as in `flow_update`.
     let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
     own_key(work, proto_family as u16);
-    let _ = FLOW_LIVE.remove(&work.key);
+    if FLOW_LIVE.remove(&work.key).is_ok() {
+        charge(&work.entry, LESS);
+    }
     let _ = FLOW_BRIEF.remove(&work.key);
     0
 }

@@ -46,6 +46,8 @@ pub(crate) static COUNTER: PerCpuArray<CounterEntry> = PerCpuArray::with_max_ent
 #[map(name = "work")]
 pub(crate) static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 
+#[map(name = "pod_flows")]
+pub(crate) static POD_FLOWS: HashMap<u32, u64> = HashMap::with_max_entries(capacity::DEVICE, BPF_F_NO_PREALLOC);
 /// When the last ICMP error was sent, nanoseconds: see `refuse`.
 #[map(name = "limit")]
 pub(crate) static LIMIT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
@@ -53,6 +55,9 @@ pub(crate) static LIMIT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 /// Does the kernel know `bpf_set_retval` (Linux 5.18)? 0 or 1.
 #[unsafe(no_mangle)]
 pub(crate) static SET_RETVAL: Global<u32> = Global::new(0);
+/// Established flows that one pod may have begun; 0 = any number.
+#[unsafe(no_mangle)]
+pub(crate) static POD_QUOTA: Global<u32> = Global::new(0);
 /// Cookie of the network namespace whose sockets are translated (`SO_NETNS_COOKIE` of a socket of the agent).
 #[unsafe(no_mangle)]
 pub(crate) static NETNS_COOKIE: Global<u64> = Global::new(0);

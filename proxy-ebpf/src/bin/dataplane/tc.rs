@@ -131,6 +131,9 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
             let found = ask(&parsed, netdev, plan);
             frontend = found.0;
             (next, reason) = (forget(found.1), if unknown { forget(found.2) } else { reason });
+            if next == step::OPEN_SERVICE && !netdev && parsed.proto == Proto::TCP && flow::is_over_quota(ifindex) {
+                (next, reason) = (step::REFUSE, Reason::PodQuota as u32);
+            }
             meta |= if plan.frontend_flags & FrontendEntry::MASQUERADE != 0 { Meta::MASQUERADE } else { 0 };
         }
         if next == step::OPEN_DIRECT && !unknown {
