@@ -22,6 +22,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1 as core_v1;
 use k8s_openapi::api::discovery::v1 as discovery_v1;
+use k8s_openapi::api::networking::v1 as networking_v1;
 use kube::core::DeserializeGuard;
 use kube::runtime::watcher;
 use kube::{Api, Client, Resource};
@@ -36,7 +37,8 @@ use tokio::time::{Instant, sleep};
 
 use super::access::{self, Server};
 use super::convert::{
-    Converted, LABEL_HEADLESS, LABEL_PROXY_NAME, convert_node, convert_service, convert_slice, object_name, subject,
+    Converted, LABEL_HEADLESS, LABEL_PROXY_NAME, convert_node, convert_service, convert_service_cidr, convert_slice,
+    object_name, subject,
 };
 use super::metrics::{SourceMetrics, WatchMetrics};
 use super::transport::Transport;
@@ -50,6 +52,9 @@ const LOG_GAP: Duration = Duration::from_mins(1);
 /// After so many refusals in a row, with a server that answers, the version to go on from is given up: it may be from
 /// before the server's data was restored from a backup.
 const REFUSALS_MAX: u32 = 5;
+
+/// Between two looks for a kind that the server has not: it gets it with an upgrade, if ever.
+const ABSENT_GAP: Duration = Duration::from_mins(10);
 
 /// Starts the watches and what keeps them logged in.
 pub(super) async fn start(
@@ -76,6 +81,8 @@ pub(super) async fn start(
     let (client, logins) = (|| transport.client(), || transport.logins());
     tasks.spawn(watch.clone().run::<core_v1::Service>(client(), selected.clone(), logins()));
     tasks.spawn(watch.clone().run::<discovery_v1::EndpointSlice>(client(), selected, logins()));
+    let all = watcher::Config::default().page_size(PAGE);
+    tasks.spawn(watch.clone().run::<networking_v1::ServiceCIDR>(client(), all, logins()));
     tasks.spawn(watch.run::<core_v1::Node>(client(), own, logins()));
     Ok(())
 }
@@ -84,6 +91,8 @@ pub(super) async fn start(
 trait Watched: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static {
     const SOURCE: Source;
     const KIND: &'static str;
+    /// Old servers do not have the kind: then there is no such object.
+    const OPTIONAL: bool = false;
 
     /// The event that tells of it.
     fn convert(&self) -> Converted<Event>;
@@ -144,6 +153,25 @@ impl Watched for core_v1::Node {
     }
 }
 
+impl Watched for networking_v1::ServiceCIDR {
+    const SOURCE: Source = Source::ServiceCidrs;
+    const KIND: &'static str = "ServiceCIDR";
+    const OPTIONAL: bool = true;
+
+    fn convert(&self) -> Converted<Event> {
+        let Converted { outcome, diagnostics } = convert_service_cidr(self, None);
+        Converted { outcome: outcome.map(|(name, ranges)| Event::ServiceCidr(name, ranges)), diagnostics }
+    }
+
+    fn gone(name: ObjectName) -> Option<Event> {
+        Some(Event::ServiceCidrGone(name.name))
+    }
+
+    fn subject(name: &ObjectName) -> String {
+        format!("ServiceCIDR {}", name.name)
+    }
+}
+
 // === Watch ===
 
 /// What each watch needs.
@@ -194,6 +222,18 @@ impl Watch {
                     }
                     Err(error) => error,
                 };
+                if K::OPTIONAL && is_absent(&error, translator.listed) {
+                    if !translator.absent {
+                        tracing::info!(kind = K::KIND, %error, "the API server does not give this kind; going on without");
+                    }
+                    for event in translator.none() {
+                        if self.tx.send(event).await.is_err() {
+                            return;
+                        }
+                    }
+                    sleep(ABSENT_GAP).await;
+                    continue;
+                }
                 let trouble = Trouble::of(&error);
                 metrics.count_error(trouble);
                 log.note(K::KIND, trouble, &error);
@@ -220,6 +260,17 @@ fn count<K>(metrics: &WatchMetrics, event: &watcher::Event<K>) {
     }
 }
 
+/// Does the server not have the kind? One that has not been told of a kind may also forbid it (a role from before): as
+/// long as it was never listed, that is the same.
+fn is_absent(error: &watcher::Error, listed: bool) -> bool {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status)) => {
+            status.code == 404 || status.code == 403 && !listed
+        }
+        _ => false,
+    }
+}
+
 /// Whether going on from the last version would fail again, or would miss something.
 fn needs_listing(error: &watcher::Error, trouble: Trouble) -> bool {
     match error {
@@ -242,6 +293,10 @@ struct Translator<K> {
     findings: BTreeMap<ObjectName, Vec<Diagnostic>>,
     /// This node as the receiver was told: the kubelet updates its Node often, and seldom in what matters here.
     node: Option<Event>,
+    /// The server has given a full listing.
+    listed: bool,
+    /// The receiver was told that the server does not have the kind.
+    absent: bool,
     kind: PhantomData<K>,
 }
 
@@ -253,7 +308,15 @@ struct Names {
 
 impl<K: Watched> Translator<K> {
     fn new(node_name: Arc<str>) -> Self {
-        Self { node_name, listing: None, findings: BTreeMap::new(), node: None, kind: PhantomData }
+        Self {
+            node_name,
+            listing: None,
+            findings: BTreeMap::new(),
+            node: None,
+            listed: false,
+            absent: false,
+            kind: PhantomData,
+        }
     }
 
     fn translate(&mut self, event: watcher::Event<DeserializeGuard<K>>) -> Vec<Event> {
@@ -314,7 +377,20 @@ impl<K: Watched> Translator<K> {
         self.note(&name, diagnostics, events);
     }
 
+    /// The server does not have the kind: as after an empty listing. Told once.
+    fn none(&mut self) -> Vec<Event> {
+        let mut events = Vec::new();
+        if !std::mem::replace(&mut self.absent, true) {
+            self.listing = None;
+            self.finish(&mut events);
+            self.listed = false;
+            self.absent = true;
+        }
+        events
+    }
+
     fn finish(&mut self, events: &mut Vec<Event>) {
+        (self.listed, self.absent) = (true, false);
         let Names { ours, with_findings } = self.listing.take().unwrap_or_default();
         let mended: Vec<ObjectName> =
             self.findings.keys().filter(|name| !with_findings.contains(*name)).cloned().collect();
@@ -330,7 +406,8 @@ impl<K: Watched> Translator<K> {
                 }
                 Listing::Node
             }
-            Source::Services | Source::EndpointSlices | Source::Links | Source::ServiceCidrs => Listing::Objects(ours),
+            Source::ServiceCidrs => Listing::ServiceCidrs(ours.into_iter().map(|name| name.name).collect()),
+            Source::Services | Source::EndpointSlices | Source::Links => Listing::Objects(ours),
         };
         events.push(Event::Listed(K::SOURCE, listing));
     }

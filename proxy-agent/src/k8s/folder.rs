@@ -280,10 +280,14 @@ impl Folder {
                 Some(Object::Service(service)) => events.push(Event::Service(service.clone())),
                 Some(Object::Slice(slice)) => events.push(Event::Slice(slice.clone())),
                 Some(Object::Node(node)) => events.push(Event::Node(node.clone())),
+                Some(Object::ServiceCidr(ranges)) => {
+                    events.push(Event::ServiceCidr(Arc::clone(&key.name.name), ranges.clone()));
+                }
                 None => events.push(match key.kind {
                     Kind::Service => Event::ServiceGone(key.name.clone()),
                     Kind::EndpointSlice => Event::SliceGone(key.name.clone()),
                     Kind::Node => Event::Node(self.plain_node()),
+                    Kind::ServiceCidr => Event::ServiceCidrGone(Arc::clone(&key.name.name)),
                 }),
             }
         }
@@ -314,16 +318,18 @@ impl Folder {
 
     fn listing(&self) -> Vec<Event> {
         let named = |kind| {
-            let known = self.published.iter().filter(|(key, known)| key.kind == kind && known.outcome.is_some());
-            Listing::Objects(known.map(|(key, _)| key.name.clone()).collect())
+            let known = self.published.iter().filter(move |(key, known)| key.kind == kind && known.outcome.is_some());
+            known.map(|(key, _)| key.name.clone())
         };
         let mut events = Vec::new();
         let node = |(key, known): (&ObjectKey, &Published)| key.kind == Kind::Node && known.outcome.is_some();
         if !self.published.iter().any(node) {
             events.push(Event::Node(self.plain_node()));
         }
-        events.push(Event::Listed(Source::Services, named(Kind::Service)));
-        events.push(Event::Listed(Source::EndpointSlices, named(Kind::EndpointSlice)));
+        let ranges = named(Kind::ServiceCidr).map(|name| name.name).collect();
+        events.push(Event::Listed(Source::Services, Listing::Objects(named(Kind::Service).collect())));
+        events.push(Event::Listed(Source::EndpointSlices, Listing::Objects(named(Kind::EndpointSlice).collect())));
+        events.push(Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(ranges)));
         events.push(Event::Listed(Source::Node, Listing::Node));
         events
     }

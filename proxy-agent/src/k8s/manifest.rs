@@ -1,14 +1,16 @@
 //! The text of one manifest file as objects: YAML or JSON, several documents, `List` kinds unrolled.
 //!
 //! ```text
-//!   bytes ──▶ documents ──▶ values ──▶ items of lists ──▶ Service, EndpointSlice, Node ──▶ convert
+//!   bytes ──▶ documents ──▶ values ──▶ items of lists ──▶ Service, EndpointSlice, Node, ServiceCIDR ──▶ convert
 //!             split at ---   one broken document does not hide the others
 //! ```
 
 use std::cell::RefCell;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core_v1;
 use k8s_openapi::api::discovery::v1 as discovery_v1;
+use k8s_openapi::api::networking::v1 as networking_v1;
 use proxy_core::diagnostic::{Diagnostic, Severity};
 use proxy_core::event::Node;
 use proxy_core::name::ObjectName;
@@ -16,7 +18,9 @@ use proxy_core::service::{EndpointSlice, Service};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::convert::{Converted, convert_node, convert_service, convert_slice, object_name, subject};
+use super::convert::{
+    Converted, convert_node, convert_service, convert_service_cidr, convert_slice, object_name, subject,
+};
 
 /// Kinds that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,14 +28,18 @@ pub(super) enum Kind {
     Service,
     EndpointSlice,
     Node,
+    ServiceCidr,
 }
 
 impl Kind {
+    const ALL: [Self; 4] = [Self::Service, Self::EndpointSlice, Self::Node, Self::ServiceCidr];
+
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
+            Self::ServiceCidr => "ServiceCIDR",
         }
     }
 
@@ -39,6 +47,14 @@ impl Kind {
         match self {
             Self::Service | Self::Node => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
+            Self::ServiceCidr => "networking.k8s.io/v1",
+        }
+    }
+
+    const fn is_namespaced(self) -> bool {
+        match self {
+            Self::Service | Self::EndpointSlice => true,
+            Self::Node | Self::ServiceCidr => false,
         }
     }
 
@@ -46,14 +62,14 @@ impl Kind {
     /// another group's kind of the same name.
     fn of(api_version: &str, kind: &str) -> Option<Self> {
         let group = api_version.split_once('/').map_or("", |(group, _)| group);
-        [Self::Service, Self::EndpointSlice, Self::Node].into_iter().find(|ours| {
+        Self::ALL.into_iter().find(|ours| {
             let our_group = ours.api_version().split_once('/').map_or("", |(group, _)| group);
             ours.name() == kind && our_group == group
         })
     }
 }
 
-/// What identifies an object among all files. A Node's namespace is empty.
+/// What identifies an object among all files. The namespace of a kind that has none is empty.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct ObjectKey {
     pub(super) kind: Kind,
@@ -63,9 +79,10 @@ pub(super) struct ObjectKey {
 impl ObjectKey {
     /// Key of its diagnostics.
     pub(super) fn subject(&self) -> String {
-        match self.kind {
-            Kind::Node => format!("Node {}", self.name.name),
-            Kind::Service | Kind::EndpointSlice => subject(self.kind.name(), &self.name),
+        if self.kind.is_namespaced() {
+            subject(self.kind.name(), &self.name)
+        } else {
+            format!("{} {}", self.kind.name(), self.name.name)
         }
     }
 }
@@ -76,6 +93,7 @@ pub(super) enum Object {
     Service(Service),
     Slice(EndpointSlice),
     Node(Node),
+    ServiceCidr(Vec<IpNet>),
 }
 
 /// One thing found in a file.
@@ -244,7 +262,7 @@ fn guess(text: &str) -> Option<ObjectKey> {
             .filter(|line| line.len() - line.trim_start().len() == indent)
             .find_map(|line| value(line.trim_start(), key))
     };
-    let namespace = if kind == Kind::Node { "" } else { within("namespace").unwrap_or("default") };
+    let namespace = if kind.is_namespaced() { within("namespace").unwrap_or("default") } else { "" };
     Some(ObjectKey { kind, name: ObjectName::new(namespace, within("name")?) })
 }
 
@@ -309,12 +327,8 @@ fn read_item(place: &str, item: &Value, path: &str, api_version: &str, list_kind
 
 fn read_object(place: &str, value: &Value, path: &str, kind: Kind, api_version: &str, found: &mut Vec<Found>) {
     let metadata = value.get("metadata").unwrap_or(&Value::Null);
-    let namespace = match kind {
-        Kind::Node => "",
-        Kind::Service | Kind::EndpointSlice => {
-            text(metadata, "namespace").filter(|namespace| !namespace.is_empty()).unwrap_or("default")
-        }
-    };
+    let named = text(metadata, "namespace").filter(|namespace| !namespace.is_empty());
+    let namespace = if kind.is_namespaced() { named.unwrap_or("default") } else { "" };
     let key = text(metadata, "name")
         .filter(|name| !name.is_empty())
         .map(|name| ObjectKey { kind, name: ObjectName::new(namespace, name) });
@@ -349,6 +363,10 @@ fn read_object(place: &str, value: &Value, path: &str, kind: Kind, api_version: 
         }),
         Kind::Node => typed::<core_v1::Node>(value).map(|(object, unused)| {
             (generic(convert_node(&object, Some(place)), Object::Node), object_name(&object.metadata), unused)
+        }),
+        Kind::ServiceCidr => typed::<networking_v1::ServiceCIDR>(value).map(|(object, unused)| {
+            let ranges = |(_, ranges)| Object::ServiceCidr(ranges);
+            (generic(convert_service_cidr(&object, Some(place)), ranges), object_name(&object.metadata), unused)
         }),
     };
     match (outcome, key.clone()) {

@@ -16,6 +16,8 @@ pub struct SourceMetrics {
     pub slices: WatchMetrics,
     /// The watch on this node's Node.
     pub node: WatchMetrics,
+    /// The watch on ServiceCIDRs.
+    pub service_cidrs: WatchMetrics,
     /// New logins: clients built anew because credentials changed or were refused.
     pub logins: AtomicU64,
     /// Switches from one API server to another.
@@ -41,7 +43,8 @@ impl SourceMetrics {
             Source::Services => Some(&self.services),
             Source::EndpointSlices => Some(&self.slices),
             Source::Node => Some(&self.node),
-            Source::Links | Source::ServiceCidrs => None,
+            Source::ServiceCidrs => Some(&self.service_cidrs),
+            Source::Links => None,
         }
     }
 }
