@@ -4,8 +4,6 @@
 //! `flow_brief`. A flow that is promoted leaves its entries in `flow_brief` behind: they are the first to be evicted,
 //! have the same content but for the state, and serve the last packets after the flow has left `flow_live`.
 
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use proxy_abi::flow::state;
 use proxy_abi::{FlowEntry, FlowKey, Hook, Proto, Reason, Work};
@@ -182,16 +180,16 @@ extern "C" fn flow_transfer(work: *mut Work, proto_family: u32, moves: u32, hook
 /// One less, in a sum that wraps.
 const LESS: u64 = u64::MAX;
 
-/// Counts a flow that comes into `flow_live` or leaves it, for the pod that began it: once for its two entries. Two CPUs
-/// may move one flow at once, and a count be off by one then: the agent counts anew every minute.
+/// Counts a flow that comes into `flow_live` or leaves it, for the pod that began it: once for its two entries. Without a
+/// lock, so it drifts when two CPUs count at once: the agent counts anew every minute.
 #[inline(always)]
 fn charge(entry: &FlowEntry, change: u64) {
     if entry.flags & FlowEntry::KEY_ORIGINAL == 0 || entry.initiator_ifindex == 0 {
         return;
     }
     if let Some(count) = POD_FLOWS.get_ptr_mut(&entry.initiator_ifindex) {
-        // SAFETY: a pointer into a map that was just found, aligned as its values are; other CPUs add to it atomically, too.
-        unsafe { AtomicU64::from_ptr(count) }.fetch_add(change, Ordering::Relaxed);
+        // SAFETY: a pointer into a map that was just found. An addition of another CPU in between is lost.
+        unsafe { *count = (*count).wrapping_add(change) };
     } else if change == 1 {
         let _ = POD_FLOWS.insert(&entry.initiator_ifindex, &1, u64::from(BPF_NOEXIST));
     }
