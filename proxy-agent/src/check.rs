@@ -70,6 +70,7 @@ pub fn report(pin_root: &Path, cgroup: Option<&Path>) -> Vec<Finding> {
         cgroup: None,
         flow_live: 1024,
         flow_brief: 1024,
+        pod_quota: 0,
     };
     match Bpf::open(&config) {
         Ok(bpf) => {

@@ -173,6 +173,10 @@ struct RunArgs {
     /// Entries for handshakes, closing TCP and UDP. Applies when the map is first made.
     #[arg(long, default_value_t = capacity::FLOW_BRIEF, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
     flow_brief_entries: u32,
+    /// Established flows through Services that one pod may have begun; further connections of it are refused. 0 for any
+    /// number. By default as many as fill half of the entries.
+    #[arg(long)]
+    pod_flow_quota: Option<u32>,
     #[command(flatten)]
     kube_proxy: Flags,
 }
@@ -222,6 +226,7 @@ fn run(args: RunArgs) -> Result<()> {
         external_ips,
         flow_live_entries,
         flow_brief_entries,
+        pod_flow_quota,
         kube_proxy: flags,
     } = args;
     let external_ips = external_ips.map(|ExternalIps(which)| which);
@@ -239,6 +244,7 @@ fn run(args: RunArgs) -> Result<()> {
     let kubeconfig = if source == "kube" { settings.kubeconfig.clone() } else { flags.kubeconfig.clone() };
     let apiserver = flags.master.as_deref().or(apiserver.as_deref());
     let flows = settings.flows.map(|flows| flows.saturating_mul(2).clamp(256, 16_777_216));
+    let flow_live = flow_live_entries.or(flows).unwrap_or(capacity::FLOW_LIVE);
     let config = app::Config {
         source: SourceConfig::from_flags(&source, kubeconfig, apiserver)?,
         node_name,
@@ -246,8 +252,10 @@ fn run(args: RunArgs) -> Result<()> {
             pin_root,
             attach,
             cgroup: cgroup.resolve()?,
-            flow_live: flow_live_entries.or(flows).unwrap_or(capacity::FLOW_LIVE),
+            flow_live,
             flow_brief: flow_brief_entries,
+            // A flow through a Service has two entries.
+            pod_quota: pod_flow_quota.unwrap_or(flow_live / 4),
         },
         pod_bridges: pod_bridge,
         reload: file.map(|file| Reload::new(file, flags, external_ips, settings.clone())),

@@ -166,6 +166,8 @@ pub struct Config {
     pub flow_live: u32,
     /// Entries of `flow_brief`.
     pub flow_brief: u32,
+    /// Established flows through Services that one pod may have begun; 0 = any number.
+    pub pod_quota: u32,
 }
 
 /// The loaded object with its maps, pinned and open.
@@ -301,9 +303,7 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
     let set_retval = u32::from(set_retval);
     loader.override_global("NETNS_COOKIE", &cookie, true);
     loader.override_global("SET_RETVAL", &set_retval, true);
-    // A flow through a Service has two entries: one pod may fill half of the table.
-    let quota = config.flow_live / 4;
-    loader.override_global("POD_QUOTA", &quota, true);
+    loader.override_global("POD_QUOTA", &config.pod_quota, true);
     for layout in pins::LAYOUTS {
         loader.map_pin_path(layout.name, directory.join(layout.name));
     }

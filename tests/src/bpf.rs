@@ -33,7 +33,7 @@ use crate::packet::named::{GATEWAY, Host, NODE_ONE, OUTSIDE, POD_ONE, POD_THREE,
 pub const PODS: [Host; 3] = [POD_ONE, POD_TWO, POD_THREE];
 
 /// Sizes of the flow tables that are large enough never to matter.
-pub const ROOMY: Tables = Tables { live: 65_536, brief: 65_536 };
+pub const ROOMY: Tables = Tables { live: 65_536, brief: 65_536, quota: 0 };
 
 /// Entries of the flow tables.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +42,8 @@ pub struct Tables {
     pub live: u32,
     /// `flow_brief`.
     pub brief: u32,
+    /// Flows that one pod may have begun; 0 = any number.
+    pub quota: u32,
 }
 
 /// Packets by hook and reason.
@@ -162,6 +164,7 @@ impl Bench {
             cgroup: None,
             flow_live: tables.live,
             flow_brief: tables.brief,
+            pod_quota: tables.quota,
         };
         // Also when opening fails half way, nothing stays.
         let bpf = Bpf::open(&config).inspect_err(|_| drop(cleanup(&root))).context("load the programs")?;

@@ -351,7 +351,7 @@ fn a_service_at_the_address_of_its_backend() -> Result<()> {
 
 #[test]
 fn a_flood_evicts_nothing_that_is_established() -> Result<()> {
-    let small = Tables { live: 4096, brief: 4096 };
+    let small = Tables { live: 4096, brief: 4096, quota: 0 };
     Bench::run(small, |bench| {
         for talk in TALKS {
             bench.set_service(&VIP_ONE, PORT, talk.proto, &[(POD_TWO, TARGET), (POD_REMOTE, TARGET)])?;
@@ -390,8 +390,35 @@ fn a_flood_evicts_nothing_that_is_established() -> Result<()> {
 }
 
 #[test]
+fn one_pod_takes_no_more_than_its_share() -> Result<()> {
+    Bench::run(Tables { live: 64, brief: 4096, quota: 10 }, |bench| {
+        let tcp = TALKS[0];
+        bench.set_service(&VIP_ONE, PORT, tcp.proto, &[(POD_TWO, TARGET)])?;
+        for client in 1000..1010 {
+            establish(bench, tcp, client)?;
+        }
+        let counted = |pod: &Host| bench.bpf().maps().pod_flows.get(&bench.ifindex(pod));
+        assert_eq!(counted(&POD_ONE)?, Some(10));
+        let open = |pod: &Host, client| {
+            let frame = tcp.frame((pod, client), (&VIP_ONE, PORT), SYN);
+            bench.feed(Hook::FromPod, pod, &frame.build()).map(|got| got.counts.into_keys().collect::<Vec<_>>())
+        };
+        assert_eq!(open(&POD_ONE, 1010)?, [(Hook::FromPod, Reason::PodQuota)]);
+        assert_eq!(open(&POD_THREE, 1010)?, [(Hook::FromPod, Reason::ServiceNew)], "others are not concerned");
+        // What is established goes on, and what ends makes room.
+        let segment = |client, flags| tcp.frame((&POD_ONE, client), (&VIP_ONE, PORT), flags).build();
+        let got = bench.feed(Hook::FromPod, &POD_ONE, &segment(1000, ACK))?;
+        assert_eq!(got.counts, [((Hook::FromPod, Reason::Service), 1)].into());
+        bench.feed(Hook::FromPod, &POD_ONE, &segment(1000, tcp_flag::RST))?;
+        assert_eq!(counted(&POD_ONE)?, Some(9));
+        assert_eq!(open(&POD_ONE, 1010)?, [(Hook::FromPod, Reason::ServiceNew)]);
+        Ok(())
+    })?
+}
+
+#[test]
 fn established_flows_beyond_the_table_go_on_and_are_counted() -> Result<()> {
-    Bench::run(Tables { live: 8, brief: 4096 }, |bench| {
+    Bench::run(Tables { live: 8, brief: 4096, quota: 0 }, |bench| {
         let tcp = TALKS[0];
         bench.set_service(&VIP_ONE, PORT, tcp.proto, &[(POD_TWO, TARGET)])?;
         for client in 1000..1016 {
@@ -469,6 +496,10 @@ fn the_programs_read_packets_as_the_library_does() -> Result<()> {
             let reasons: Vec<_> = got.counts.keys().map(|(_, reason)| *reason).collect();
             assert_eq!(got.packet, bytes, "{context}");
             match parsed {
+                Ok(icmp) if matches!(icmp.proto, Proto::ICMP | Proto::ICMPV6) => {
+                    // About packets of flows that are not there, if about any.
+                    assert_eq!((reasons, got.verdict), (vec![Reason::OtherProtocol], verdict::PASS), "{context}");
+                }
                 Err(reason) => assert_eq!((reasons, got.verdict), (vec![reason], verdict::PASS), "{context}"),
                 Ok(_) if got.verdict == verdict::DROP => {
                     assert_eq!(reasons, [Reason::FragmentBeforeFirst], "{context}");
