@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 
 use k8s_openapi::api::core::v1 as core_v1;
 use k8s_openapi::api::discovery::v1 as discovery_v1;
-use proxy_agent::k8s::convert::{Converted, convert_node, convert_service, convert_slice};
+use k8s_openapi::api::networking::v1 as networking_v1;
+use proxy_agent::k8s::convert::{Converted, convert_node, convert_service, convert_service_cidr, convert_slice};
 use proxy_core::diagnostic::{Diagnostic, Severity};
 use proxy_core::event::Node;
 use proxy_core::service::{Endpoint, EndpointSlice, Service};
@@ -20,9 +21,31 @@ fn findings(diagnostics: &[Diagnostic]) -> Vec<String> {
 
 fn show_service(service: &Service) -> String {
     let ips: Vec<String> = service.cluster_ips.iter().map(ToString::to_string).collect();
-    let ports = service.ports.iter().map(|port| format!("{}={:?}/{}", port.name, port.protocol, port.port));
-    let affinity = service.affinity_seconds.map_or(String::new(), |seconds| format!(" affinity {seconds}"));
-    format!("{} [{}] {}{affinity}", service.name, ips.join(" "), ports.collect::<Vec<_>>().join(" "))
+    let ports = service.ports.iter().map(|port| {
+        let node = port.node_port.map_or(String::new(), |port| format!("+{port}"));
+        format!("{}={:?}/{}{node}", port.name, port.protocol, port.port)
+    });
+    let mut text = format!("{} [{}] {}", service.name, ips.join(" "), ports.collect::<Vec<_>>().join(" "));
+    if let Some(seconds) = service.affinity_seconds {
+        write!(text, " affinity {seconds}").unwrap();
+    }
+    for (what, list) in [(" external", &service.external_ips), (" balancer", &service.load_balancer_ips)] {
+        if !list.is_empty() {
+            write!(text, "{what} {list:?}").unwrap();
+        }
+    }
+    if !service.source_ranges.is_empty() {
+        write!(text, " from {:?}", service.source_ranges).unwrap();
+    }
+    for (set, mark) in [(service.internal_local, " internal local"), (service.external_local, " external local")] {
+        if set {
+            text += mark;
+        }
+    }
+    if let Some(port) = service.health_check_node_port {
+        write!(text, " health {port}").unwrap();
+    }
+    text
 }
 
 fn show_endpoint(endpoint: &Endpoint) -> String {
@@ -50,7 +73,8 @@ fn show_slice(slice: &EndpointSlice) -> String {
     let ports = slice.ports.iter().map(|port| format!("{}={:?}/{}", port.name, port.protocol, port.port));
     let endpoints = slice.endpoints.iter().map(show_endpoint);
     let (ports, endpoints) = (ports.collect::<Vec<_>>().join(" "), endpoints.collect::<Vec<_>>().join(", "));
-    format!("{} of {}: {ports}: {endpoints}", slice.name, slice.service)
+    let at = slice.triggered.map_or(String::new(), |at| format!(" at {at}"));
+    format!("{} of {}: {ports}: {endpoints}{at}", slice.name, slice.service)
 }
 
 /// What is expected of one object: its text, or `-` for none of ours, and its findings.
@@ -228,29 +252,98 @@ fn services() {
         ),
         (
             "NodePort",
-            spec(json!({"type": "NodePort", "externalTrafficPolicy": "Cluster"})),
+            spec(json!({"type": "NodePort", "ports": [{"name": "http", "port": 80, "nodePort": 30080}]})),
+            ("shop/web [10.96.0.10] http=Tcp/80+30080", &[]),
+        ),
+        (
+            "node port of a type that has none",
+            spec(json!({"type": "ClusterIP", "ports": [{"name": "http", "port": 80, "nodePort": 30080}]})),
+            (plain, &[]),
+        ),
+        (
+            "node ports that are none",
+            spec(json!({"type": "NodePort", "ports": [
+                {"name": "a", "port": 1, "nodePort": 0},
+                {"name": "b", "port": 2, "nodePort": 70000},
+                {"name": "c", "port": 3, "nodePort": -1},
+            ]})),
             (
-                plain,
+                "shop/web [10.96.0.10] a=Tcp/1 b=Tcp/2 c=Tcp/3",
                 &[
-                    "warning spec.type: NodePort is not supported yet: the cluster address is served, the node ports are not",
+                    "error spec.ports[1].nodePort: 70000 is no port number, and is left out",
+                    "error spec.ports[2].nodePort: -1 is no port number, and is left out",
                 ],
             ),
+        ),
+        (
+            "external addresses",
+            spec(json!({"externalIPs": ["203.0.113.1", "011.022.033.044", "2001:db8::1", "host", ""]})),
+            (
+                "shop/web [10.96.0.10] http=Tcp/80 external [203.0.113.1, 11.22.33.44, 2001:db8::1]",
+                &[
+                    "error spec.externalIPs[3]: \"host\" is no IP address, and is left out",
+                    "error spec.externalIPs[4]: \"\" is no IP address, and is left out",
+                ],
+            ),
+        ),
+        (
+            "external policy without anything external",
+            spec(json!({"externalTrafficPolicy": "Local", "healthCheckNodePort": 32000})),
+            (plain, &[]),
+        ),
+        (
+            "external policy of external addresses",
+            spec(json!({"externalTrafficPolicy": "Local", "externalIPs": ["203.0.113.1"]})),
+            ("shop/web [10.96.0.10] http=Tcp/80 external [203.0.113.1] external local", &[]),
+        ),
+        (
+            "external policy of a NodePort, which has no health check",
+            spec(json!({"type": "NodePort", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000})),
+            ("shop/web [10.96.0.10] http=Tcp/80 external local", &[]),
+        ),
+        (
+            "LoadBalancer without node ports and address yet",
+            spec(json!({"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false})),
+            (plain, &[]),
         ),
         (
             "LoadBalancer with everything",
             spec(json!({
                 "type": "LoadBalancer",
-                "externalIPs": ["203.0.113.1"],
+                "loadBalancerIP": "203.0.113.99",
                 "externalTrafficPolicy": "Local",
-                "loadBalancerSourceRanges": ["192.0.2.0/24"],
+                "healthCheckNodePort": 32000,
+                "loadBalancerSourceRanges": [" 192.0.2.0/24", "fd00::/8 "],
+                "ports": [{"name": "http", "port": 80, "nodePort": 30080}],
             })),
+            ("shop/web [10.96.0.10] http=Tcp/80+30080 from [192.0.2.0/24, fd00::/8] external local health 32000", &[]),
+        ),
+        (
+            "health check that is none",
+            spec(json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 70000})),
+            (
+                "shop/web [10.96.0.10] http=Tcp/80 external local",
+                &["error spec.healthCheckNodePort: 70000 is no port number, and is left out"],
+            ),
+        ),
+        (
+            "health check without policy Local",
+            spec(json!({"type": "LoadBalancer", "healthCheckNodePort": 32000})),
+            (plain, &[]),
+        ),
+        (
+            "sources of what is no load balancer",
+            spec(json!({"type": "NodePort", "loadBalancerSourceRanges": ["192.0.2.0/24"]})),
+            (plain, &[]),
+        ),
+        (
+            "unknown policies",
+            spec(json!({"type": "NodePort", "internalTrafficPolicy": "local", "externalTrafficPolicy": "Global"})),
             (
                 plain,
                 &[
-                    "warning spec.type: LoadBalancer is not supported yet: the cluster address is served, node ports and the load balancer's address are not",
-                    "warning spec.externalIPs: are not supported yet: traffic to them is left to the network",
-                    "warning spec.externalTrafficPolicy: Local has no effect: nothing that it governs is served yet",
-                    "warning spec.loadBalancerSourceRanges: have no effect: the load balancer's address is not served, the cluster address is open to all",
+                    "warning spec.internalTrafficPolicy: \"local\" is unknown, and is treated as Cluster",
+                    "warning spec.externalTrafficPolicy: \"Global\" is unknown, and is treated as Cluster",
                 ],
             ),
         ),
@@ -262,12 +355,7 @@ fn services() {
         (
             "internal traffic stays local",
             spec(json!({"internalTrafficPolicy": "Local"})),
-            (
-                "-",
-                &[
-                    "error spec.internalTrafficPolicy: Local is not supported yet; the Service is not served at all, rather than by pods of other nodes",
-                ],
-            ),
+            ("shop/web [10.96.0.10] http=Tcp/80 internal local", &[]),
         ),
         ("internal traffic", spec(json!({"internalTrafficPolicy": "Cluster"})), (plain, &[])),
         (
@@ -280,6 +368,113 @@ fn services() {
     ];
     for (row, spec, want) in rows {
         check(row, &convert_service(&service(&json!({}), spec.clone()), None), show_service, *want);
+    }
+}
+
+#[test]
+fn addresses_and_sources_of_load_balancers() {
+    let row = |ingress: Value, ranges: Value| {
+        let spec = json!({
+            "type": "LoadBalancer",
+            "clusterIPs": ["10.96.0.10", "fd00::a"],
+            "ports": [{"port": 80}],
+            "loadBalancerSourceRanges": ranges,
+        });
+        let mut object = serde_json::to_value(service(&json!({}), spec)).unwrap();
+        object["status"] = json!({"loadBalancer": {"ingress": ingress}});
+        serde_json::from_value::<core_v1::Service>(object).unwrap()
+    };
+    let both = json!([{"ip": "203.0.113.1"}, {"ip": "2001:db8::1"}]);
+    let closed = "error spec.loadBalancerSourceRanges: have no valid entry of a family, so the load balancer's addresses \
+                  of that family are not served";
+    let rows: &[(&str, Value, Value, Want)] = &[
+        ("both families", both.clone(), json!([]), ("balancer [203.0.113.1, 2001:db8::1]", &[])),
+        (
+            "modes",
+            json!([
+                {"ip": "203.0.113.1", "ipMode": "VIP"},
+                {"ip": "203.0.113.2", "ipMode": "Proxy"},
+                {"ip": "203.0.113.3", "ipMode": "Tunnel"},
+                {"ip": "203.0.113.4", "ipMode": ""},
+            ]),
+            json!([]),
+            (
+                "balancer [203.0.113.1, 203.0.113.4]",
+                &[
+                    "warning status.loadBalancer.ingress[2].ipMode: \"Tunnel\" is unknown, so 203.0.113.3 is left to the network",
+                ],
+            ),
+        ),
+        (
+            "host names and nonsense",
+            json!([{"hostname": "lb.example"}, {"ip": "", "hostname": "x"}, {"ip": "lb"}, {"ip": "203.000.113.01"}]),
+            json!([]),
+            (
+                "balancer [203.0.113.1]",
+                &["error status.loadBalancer.ingress[2].ip: \"lb\" is no IP address, and is left out"],
+            ),
+        ),
+        (
+            "sources, with spaces, zeros and host bits",
+            both.clone(),
+            json!([" 192.0.2.7/24\t", "010.0.0.0/8", "2001:db8::/32"]),
+            ("balancer [203.0.113.1, 2001:db8::1] from [192.0.2.0/24, 10.0.0.0/8, 2001:db8::/32]", &[]),
+        ),
+        (
+            "a wrong source beside a good one",
+            both.clone(),
+            json!(["192.0.2.0", "10.0.0.0/8"]),
+            (
+                "balancer [203.0.113.1, 2001:db8::1] from [10.0.0.0/8]",
+                &[
+                    "error spec.loadBalancerSourceRanges[0]: \"192.0.2.0\" is no network in CIDR notation, and is left out",
+                ],
+            ),
+        ),
+        (
+            "a family with wrong sources only lets nobody in rather than everybody",
+            both,
+            json!(["192.0.2.0", "2001:db8::/32"]),
+            (
+                "balancer [2001:db8::1] from [2001:db8::/32]",
+                &[
+                    "error spec.loadBalancerSourceRanges[0]: \"192.0.2.0\" is no network in CIDR notation, and is left out",
+                    closed,
+                ],
+            ),
+        ),
+    ];
+    for (row_name, ingress, ranges, (want, findings)) in rows {
+        let want = format!("shop/web [10.96.0.10 fd00::a] =Tcp/80 {want}");
+        let got = convert_service(&row(ingress.clone(), ranges.clone()), None);
+        check(row_name, &got, show_service, (&want, findings));
+    }
+}
+
+#[test]
+fn ranges_of_services() {
+    let range = |value: Value| -> networking_v1::ServiceCIDR { serde_json::from_value(value).unwrap() };
+    let rows: &[(Value, Want)] = &[
+        (
+            json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16", "fd00:96::/112"]}}),
+            ("kubernetes [10.96.0.0/16, fd00:96::/112]", &[]),
+        ),
+        (json!({"metadata": {"name": "x"}}), ("x []", &[])),
+        (
+            json!({"metadata": {"name": "x"}, "spec": {"cidrs": ["10.96.0.0", "0.0.0.0/0", "010.97.0.9/16"]}}),
+            (
+                "x [10.97.0.0/16]",
+                &[
+                    "error spec.cidrs[0]: \"10.96.0.0\" is no network in CIDR notation, and is left out",
+                    "error spec.cidrs[1]: 0.0.0.0/0 is every address there is, and is left out",
+                ],
+            ),
+        ),
+        (json!({"metadata": {}}), ("-", &["error metadata.name: is missing, so the object is ignored"])),
+    ];
+    for (value, want) in rows {
+        let got = convert_service_cidr(&range(value.clone()), None);
+        check(&value.to_string(), &got, |(name, ranges)| format!("{name} {ranges:?}"), *want);
     }
 }
 
@@ -347,6 +542,14 @@ fn slices() {
     let plain = "shop/web-1 of shop/web: http=Tcp/8080: 10.244.0.5 ready serving";
     let labels = |labels: Value| json!({"metadata": {"name": "web-1", "namespace": "shop", "labels": labels}});
     let one = |endpoint: Value| json!({"endpoints": [endpoint]});
+    let annotated = |time: &str| {
+        json!({"metadata": {
+            "name": "web-1",
+            "namespace": "shop",
+            "labels": {"kubernetes.io/service-name": "web"},
+            "annotations": {"endpoints.kubernetes.io/last-change-trigger-time": time},
+        }})
+    };
     let empty = "shop/web-1 of shop/web: http=Tcp/8080: ";
     let rows: &[(&str, Value, Want)] = &[
         ("plain", json!({}), (plain, &[])),
@@ -368,6 +571,36 @@ fn slices() {
             ("-", &["warning addressType: \"FQDN\" cannot be forwarded to, so the slice is ignored"]),
         ),
         ("no endpoints", json!({"endpoints": []}), (empty, &[])),
+        (
+            "time of the change",
+            annotated("2026-01-02T03:04:05.678901234Z"),
+            ("shop/web-1 of shop/web: http=Tcp/8080: 10.244.0.5 ready serving at 1767323045678", &[]),
+        ),
+        (
+            "time in another zone",
+            annotated("2026-01-02T04:04:05+01:00"),
+            ("shop/web-1 of shop/web: http=Tcp/8080: 10.244.0.5 ready serving at 1767323045000", &[]),
+        ),
+        (
+            "time that is none",
+            annotated("yesterday"),
+            (
+                plain,
+                &[
+                    "warning metadata.annotations[endpoints.kubernetes.io/last-change-trigger-time]: \"yesterday\" is no time, so the delay of this change is not measured",
+                ],
+            ),
+        ),
+        (
+            "time before times",
+            annotated("1969-12-31T23:59:59Z"),
+            (
+                plain,
+                &[
+                    "warning metadata.annotations[endpoints.kubernetes.io/last-change-trigger-time]: \"1969-12-31T23:59:59Z\" is no time, so the delay of this change is not measured",
+                ],
+            ),
+        ),
         (
             "IPv6",
             json!({"addressType": "IPv6", "endpoints": [{"addresses": ["fd00::5"]}]}),

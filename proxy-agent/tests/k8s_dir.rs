@@ -128,7 +128,13 @@ fn show(event: &Event) -> String {
     }
 }
 
-const EMPTY: [&str; 4] = ["node n1 []", "listed Services []", "listed EndpointSlices []", "Listed(Node, Node)"];
+const EMPTY: [&str; 5] = [
+    "node n1 []",
+    "listed Services []",
+    "listed EndpointSlices []",
+    "Listed(ServiceCidrs, ServiceCidrs({}))",
+    "Listed(Node, Node)",
+];
 
 #[tokio::test]
 async fn first_listing_in_full() {
@@ -153,6 +159,10 @@ async fn first_listing_in_full() {
         (".hidden.yaml", "kind: {"),
         ("backup.yaml~", "kind: {"),
         ("empty.yaml", "# nothing\n---\n---\n"),
+        (
+            "ranges.yaml",
+            "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: kubernetes}\nspec: {cidrs: [010.0.0.0/16]}\n",
+        ),
     ])
     .await;
     assert_eq!(
@@ -165,11 +175,32 @@ async fn first_listing_in_full() {
             "service e [10.0.0.5]",
             "slice a-1 of a [\"10.244.0.1\"]",
             "node n1 [192.168.0.1]",
+            "ServiceCidr(\"kubernetes\", [10.0.0.0/16])",
             "listed Services [\"a\", \"b\", \"c\", \"d\", \"e\"]",
             "listed EndpointSlices [\"a-1\"]",
+            "Listed(ServiceCidrs, ServiceCidrs({\"kubernetes\"}))",
             "Listed(Node, Node)",
         ]
     );
+}
+
+#[tokio::test]
+async fn ranges_of_services_come_change_and_go() {
+    let mut fixture = Fixture::new(&[]).await;
+    assert_eq!(fixture.listing().await, EMPTY);
+    let range = |ranges: &str| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {{name: x}}\nspec: {{cidrs: [{ranges}]}}\n"
+        )
+    };
+    fixture.write("x.yaml", &range("10.96.0.0/16, \"fd00:96::/112\""));
+    fixture.expect(&["ServiceCidr(\"x\", [10.96.0.0/16, fd00:96::/112])"]).await;
+    fixture.write("x.yaml", &range("10.96.0.0/16, all"));
+    let ill = "ill ServiceCIDR x: x.yaml:1 ServiceCIDR x spec.cidrs[1]: \"all\" is no network in CIDR notation, and is \
+               left out; write it like 10.96.0.0/16";
+    fixture.expect(&["ServiceCidr(\"x\", [10.96.0.0/16])", ill]).await;
+    fs::remove_file(fixture.path().join("x.yaml")).unwrap();
+    fixture.expect(&["ServiceCidrGone(\"x\")", "well ServiceCIDR x"]).await;
 }
 
 #[tokio::test]
@@ -469,6 +500,7 @@ async fn ten_thousand_objects() {
                 assert_eq!(names.len(), 5000);
             }
             Event::Node(node) => assert_eq!(node, Node { name: "n1".into(), ..Node::default() }),
+            Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(names)) => assert_eq!(names.len(), 0),
             Event::Listed(Source::Node, Listing::Node) => break,
             other => panic!("unexpected {other:?}"),
         }

@@ -51,7 +51,7 @@ enum End {
     Cut,
 }
 
-/// What the server does about Services; slices and nodes are none, and nothing ever happens to them.
+/// What the server does about Services; of the other kinds there is nothing, and nothing ever happens to them.
 struct Server {
     url: String,
     script: Arc<Mutex<VecDeque<Answer>>>,
@@ -65,18 +65,28 @@ struct Shared {
     script: Arc<Mutex<VecDeque<Answer>>>,
     requests: Arc<Mutex<Vec<String>>>,
     token: Arc<Mutex<&'static str>>,
+    /// Answer to a listing of ServiceCIDRs; `None`: an empty one.
+    cidrs: Option<Answer>,
 }
 
 impl Server {
     /// Accepts requests that carry `token` only; all when it is empty.
     async fn start(script: impl IntoIterator<Item = Answer>, token: &'static str) -> Self {
+        Self::start_with(script, token, None).await
+    }
+
+    async fn start_with(script: impl IntoIterator<Item = Answer>, token: &'static str, cidrs: Option<Answer>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let script = Arc::new(Mutex::new(script.into_iter().collect::<VecDeque<_>>()));
         let requests = Arc::new(Mutex::new(Vec::new()));
         let mut tasks = JoinSet::new();
-        let shared =
-            Shared { script: Arc::clone(&script), requests: Arc::clone(&requests), token: Arc::new(Mutex::new(token)) };
+        let shared = Shared {
+            script: Arc::clone(&script),
+            requests: Arc::clone(&requests),
+            token: Arc::new(Mutex::new(token)),
+            cidrs,
+        };
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
@@ -117,6 +127,8 @@ async fn serve(mut stream: TcpStream, shared: Shared) {
             };
             shared.requests.lock().unwrap().push(asked);
             shared.script.lock().unwrap().pop_front().unwrap_or_else(empty)
+        } else if path.starts_with("/apis/networking.k8s.io/v1/servicecidrs?") && !watch {
+            shared.cidrs.clone().unwrap_or_else(empty)
         } else {
             empty()
         };
@@ -243,6 +255,7 @@ impl Agent {
                 Event::Listed(Source::EndpointSlices, Listing::Objects(names)) => assert!(names.is_empty()),
                 Event::Node(node) => assert_eq!(&*node.name, "n1"),
                 Event::Listed(Source::Node, Listing::Node) => {}
+                Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(names)) => assert!(names.is_empty()),
                 other => panic!("unexpected {other:?}"),
             }
         }
@@ -276,6 +289,41 @@ async fn check(script: Vec<Answer>, want: &[&str], requests: &[&str], errors: &[
     assert_eq!(server.requests(), requests);
     assert_eq!(agent.errors(), errors);
     assert!(server.script.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn ranges_of_services_are_none_where_the_server_has_not_the_kind() {
+    let empty: Vec<Arc<str>> = Vec::new();
+    let some = json!({
+        "kind": "ServiceCIDRList",
+        "apiVersion": "networking.k8s.io/v1",
+        "metadata": {"resourceVersion": "1"},
+        "items": [{"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}}],
+    });
+    let rows = [
+        ("a server of Kubernetes 1.32", Answer::Json(404, json!("404 page not found")), empty.clone()),
+        ("the same, with a status", status(404, "NotFound"), empty.clone()),
+        ("a role from before", status(403, "Forbidden"), empty),
+        ("a server of today", Answer::Json(200, some), vec!["kubernetes".into()]),
+    ];
+    for (row, answer, want) in rows {
+        let server = Server::start_with([], "", Some(answer)).await;
+        let mut agent = agent(&[&server.url]).await;
+        let mut found = Vec::new();
+        loop {
+            match timeout(DEADLINE, agent.events.recv()).await.expect(row).expect("a source") {
+                Event::ServiceCidr(name, ranges) => {
+                    assert_eq!(ranges, ["10.96.0.0/16".parse().unwrap()], "{row}");
+                    found.push(name);
+                }
+                Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(names)) => {
+                    assert_eq!((names.into_iter().collect(), found), (want.clone(), want), "{row}");
+                    break;
+                }
+                _ => {}
+            }
+        }
+    }
 }
 
 #[tokio::test]

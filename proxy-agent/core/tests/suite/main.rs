@@ -1,9 +1,14 @@
 //! What the core promises, tested through its public face.
 
+mod address;
 mod cluster;
 mod compile;
+mod conflict;
+mod facts;
 mod node;
 mod properties;
 mod reconcile;
 mod select;
 mod state;
+mod tracer;
+mod verdict;

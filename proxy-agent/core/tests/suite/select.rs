@@ -178,3 +178,50 @@ fn an_endpoint_in_two_slices_counts_once_in_its_better_state() {
     ];
     assert_eq!(selected(&slices, &web, Family::V4, HERE), "10.0.0.1:8080 10.0.0.1:8081", "two ports are two endpoints");
 }
+
+#[test]
+fn the_local_set_knows_no_hints_and_falls_back_by_itself() {
+    let [a, b, c] = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
+    let here = |endpoint| on("node-a", endpoint);
+    let there = |endpoint| on("node-b", endpoint);
+    let serving = |address| Endpoint { ready: false, ..ready(address) };
+    let nowhere = Locality { node: "", zone: None };
+    // Rule, where, endpoints, cluster set, local set.
+    let rows = [
+        ("ready ones of this node", HERE, vec![here(ready(a)), there(ready(b)), ready(c)], vec![a, b, c], vec![a]),
+        ("none of this node", HERE, vec![there(ready(a)), ready(b)], vec![a, b], vec![]),
+        ("ready before draining", HERE, vec![here(ready(a)), here(terminating(b))], vec![a], vec![a]),
+        ("draining ones when none is ready", HERE, vec![here(terminating(a)), there(ready(b))], vec![b], vec![a]),
+        ("draining everywhere", HERE, vec![here(terminating(a)), there(terminating(b))], vec![a, b], vec![a]),
+        ("neither ready nor serving", HERE, vec![here(unready(a)), there(ready(b))], vec![b], vec![]),
+        ("serving, not ready, not draining", HERE, vec![here(serving(a))], vec![], vec![]),
+        (
+            "hints for another zone",
+            HERE,
+            vec![here(zone(&["zone-b"], ready(a))), there(zone(&["zone-a"], ready(b)))],
+            vec![b],
+            vec![a],
+        ),
+        (
+            "hints for another node",
+            HERE,
+            vec![here(hint(&["node-b"], ready(a))), there(hint(&["node-a"], ready(b)))],
+            vec![b],
+            vec![a],
+        ),
+        ("node unknown", nowhere, vec![here(ready(a)), on("", ready(b))], vec![a, b], vec![]),
+        ("none", HERE, vec![], vec![], vec![]),
+    ];
+    for (rule, locality, endpoints, cluster, local) in rows {
+        let slices = [slice("s", "web", &[("", Protocol::Tcp, 8080)], endpoints)];
+        let targets = select(slices.iter(), &port("", Protocol::Tcp, 80), Family::V4, locality);
+        let of = |member: fn(&Target) -> bool| -> Vec<String> {
+            targets.iter().filter(|target| member(target)).map(|target| target.address.to_string()).collect()
+        };
+        assert_eq!((of(|t| t.cluster), of(|t| t.local_set)), (strings(&cluster), strings(&local)), "{rule}");
+    }
+}
+
+fn strings(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(|text| (*text).to_owned()).collect()
+}
