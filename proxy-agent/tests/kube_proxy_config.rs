@@ -41,8 +41,9 @@ fn seen(settings: &Settings) -> String {
     let mut all = Vec::new();
     macro_rules! differ {
         ($($field:ident),+) => { $(
-            if settings.$field != default.$field {
-                all.push(format!("{}={:?}", stringify!($field), settings.$field));
+            let (is, was) = (format!("{:?}", settings.$field), format!("{:?}", default.$field));
+            if is != was {
+                all.push(format!("{}={is}", stringify!($field)));
             }
         )+ };
     }

@@ -240,7 +240,7 @@ impl KubeProxyConfiguration {
             if read.is_err() {
                 let path = track.path().to_string();
                 // A part that is not known is shown as a question mark.
-                field = path.trim_end_matches('?').trim_end_matches('.').to_owned();
+                path.trim_end_matches('?').trim_end_matches('.').clone_into(&mut field);
             }
             read
         });
