@@ -79,12 +79,15 @@ table ip kube-proxy-not { set KUBE-X { type ipv4_addr; }; }
 ";
 
 const NFT_LEAVINGS: &str = "\
-table ip kube-proxy { chain services { ip daddr 10.96.0.1 tcp dport 443 dnat to 10.0.0.1:6443; } \
- chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; } }
-table ip6 kube-proxy { chain services { } }
+table ip kube-proxy {
+  chain services { ip daddr 10.96.0.1 tcp dport 443 dnat to 10.0.0.1:6443; }
+  chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
+}
+table ip6 kube-proxy { chain services { }; }
 ";
 
-/// Everything of netfilter, without the comments, which hold the time.
+/// Everything of netfilter, without the comments, which hold the time, and without the counts of packets: the question
+/// whether the agent serves is a connection, too.
 fn ruleset(netns: &Netns) -> Vec<String> {
     let mut all = Vec::new();
     for variant in VARIANTS {
@@ -93,8 +96,33 @@ fn ruleset(netns: &Netns) -> Vec<String> {
     }
     let nft = netns.output("nft", &["list", "ruleset"]).expect("tables");
     all.extend(nft.lines().map(str::to_owned));
+    for line in &mut all {
+        *line = uncounted(line);
+    }
     all.push(netns.output("ip", &["-br", "link"]).expect("links"));
     all
+}
+
+/// A line with its counts set to nothing: `[5:300]` of a chain, `packets 5 bytes 300` of a rule.
+fn uncounted(line: &str) -> String {
+    let mut count = false;
+    let words = line.split(' ').map(|word| {
+        let is = std::mem::replace(&mut count, matches!(word, "packets" | "bytes"));
+        if is || (word.starts_with('[') && word.ends_with(']')) { "#" } else { word }
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// Lines that only one of them has.
+fn difference(got: &[String], want: &[String]) -> Vec<String> {
+    let only = |sign: char, a: &[String], b: &[String]| {
+        a.iter().filter(|line| !b.contains(line)).map(|line| format!("{sign} {line}")).collect::<Vec<_>>()
+    };
+    [only('+', got, want), only('-', want, got)].concat()
+}
+
+fn same(got: &[String], want: &[String], what: &str) {
+    assert!(got == want, "{what}:\n{}", difference(got, want).join("\n"));
 }
 
 fn cleanup(netns: &Netns, flags: &[&str]) -> Output {
@@ -103,15 +131,19 @@ fn cleanup(netns: &Netns, flags: &[&str]) -> Output {
     command.args(["cleanup", "--kube-proxy"]).args(flags).output().expect("started")
 }
 
-/// Answers `/readyz` and `/healthz` once each, as our agent (`ready`) or as kube-proxy.
+/// Answers `/readyz` and `/healthz` as our agent (`ready`), or the first of them as kube-proxy.
 fn answer(netns: &Netns, ready: bool) -> u16 {
     let listener = netns.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).expect("entered").expect("a port");
     let port = listener.local_addr().expect("its address").port();
     std::thread::spawn(move || {
-        for stream in listener.incoming().take(2) {
+        for stream in listener.incoming().take(if ready { 2 } else { 1 }) {
             let mut stream = stream.expect("a connection");
-            let mut asked = [0; 16];
-            stream.read_exact(&mut asked).expect("a request");
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).expect("a request");
+                asked.extend(byte);
+            }
             let ours = asked.starts_with(b"GET /readyz");
             let answer = match (ours, ready) {
                 (true, false) => "HTTP/1.1 404 Not Found\r\n\r\n",
@@ -154,12 +186,12 @@ fn leavings_of_kube_proxy_go_and_nothing_else() {
              removed. Wait until it is ready, give its address with --healthz, or use --force\n"
         );
         assert_eq!((refused.status.success(), String::from_utf8_lossy(&refused.stderr).into_owned()), (false, want));
-        assert_eq!(ruleset(&netns), dirty);
+        same(&ruleset(&netns), &dirty, "refused, and nothing changed");
     }
 
     let told = cleanup(&netns, &["--dry-run", "--force"]);
     assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
-    assert_eq!(ruleset(&netns), dirty, "a dry run changes nothing");
+    same(&ruleset(&netns), &dirty, "a dry run changes nothing");
 
     let address = format!("127.0.0.1:{}", answer(&netns, true));
     let done = cleanup(&netns, &["--healthz", &address]);
@@ -176,7 +208,7 @@ fn leavings_of_kube_proxy_go_and_nothing_else() {
     ] {
         assert!(said.lines().any(|said| said.contains(line)), "{line} in\n{said}");
     }
-    assert_eq!(ruleset(&netns), before, "what is not kube-proxy's is as it was");
+    same(&ruleset(&netns), &before, "what is not kube-proxy's is as it was");
     let again = cleanup(&netns, &["--force"]);
     assert_eq!(String::from_utf8_lossy(&again.stdout), "nothing of kube-proxy is here\n");
     netns.remove().expect("gone");

@@ -164,12 +164,12 @@ fn address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<I
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// It cannot be read.
-    #[error("{}: {source}", .path.display())]
+    #[error("{}: {cause}", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Something in it is wrong.
     #[error("{place}: {problem}")]
@@ -217,7 +217,7 @@ pub struct ConfigFile {
 impl ConfigFile {
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = fs::read_to_string(path).map_err(|cause| ConfigError::Read { path: path.to_owned(), cause })?;
         let config = KubeProxyConfiguration::parse(path, &text)?;
         Ok(Self { path: path.to_owned(), text, config })
     }
