@@ -80,7 +80,8 @@ impl Cleanup {
                 self.change(&ipset, &["destroy", &set], None)?;
             }
         }
-        if Path::new("/sys/class/net").join(IPVS_DEVICE).exists()
+        // Not by /sys, which shows the namespace of whoever mounted it.
+        if nix::net::if_::if_nametoindex(IPVS_DEVICE).is_ok()
             && let Some(ip) = find("ip")
         {
             removed.push(format!("link: {IPVS_DEVICE}"));

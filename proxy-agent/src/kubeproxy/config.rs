@@ -164,12 +164,12 @@ fn address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<I
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// It cannot be read.
-    #[error("{}: {source}", .path.display())]
+    #[error("{}: {cause}", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Something in it is wrong.
     #[error("{place}: {problem}")]
@@ -217,7 +217,7 @@ pub struct ConfigFile {
 impl ConfigFile {
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = fs::read_to_string(path).map_err(|cause| ConfigError::Read { path: path.to_owned(), cause })?;
         let config = KubeProxyConfiguration::parse(path, &text)?;
         Ok(Self { path: path.to_owned(), text, config })
     }
@@ -239,7 +239,8 @@ impl KubeProxyConfiguration {
             let read = Self::deserialize(serde_path_to_error::Deserializer::new(deserializer, &mut track));
             if read.is_err() {
                 let path = track.path().to_string();
-                field = if path == "." { String::new() } else { path };
+                // A part that is not known is shown as a question mark.
+                path.trim_end_matches('?').trim_end_matches('.').clone_into(&mut field);
             }
             read
         });
@@ -267,8 +268,9 @@ impl KubeProxyConfiguration {
 fn message(error: &serde_saphyr::Error) -> String {
     let text = error.to_string();
     let first = text.lines().next().unwrap_or_default();
-    let cut = first.find(" at line ").unwrap_or(first.len());
-    first[..cut].trim_end_matches(',').to_owned()
+    // The reader's own advice is for programmers.
+    let cut = [" at line ", ", set DuplicateKeyPolicy"].iter().filter_map(|end| first.find(end)).min();
+    first[..cut.unwrap_or(first.len())].trim_end_matches(',').to_owned()
 }
 
 /// Line and column of a key, by its indentation: for what is found wrong after reading.

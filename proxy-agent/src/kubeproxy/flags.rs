@@ -198,61 +198,64 @@ impl Flags {
             log_flush_frequency,
         } = self;
         let text = |value: &Option<String>| value.clone().map(serde_json::Value::String);
-        over(&mut config.client_connection.kubeconfig, &kubeconfig.as_ref().map(|path| path.display().to_string()));
-        over(&mut config.hostname_override, hostname_override);
-        over(&mut config.client_connection.qps, kube_api_qps);
-        over(&mut config.client_connection.burst, kube_api_burst);
-        over(&mut config.client_connection.content_type, kube_api_content_type);
-        over(&mut config.bind_address, bind_address);
-        over(&mut config.healthz_bind_address, healthz_bind_address);
-        over(&mut config.metrics_bind_address, metrics_bind_address);
-        over(&mut config.bind_address_hard_fail, bind_address_hard_fail);
-        over(&mut config.node_port_addresses, nodeport_addresses);
-        over(&mut config.iptables.localhost_node_ports, iptables_localhost_nodeports);
-        over(&mut config.cluster_cidr, cluster_cidr);
-        over(&mut config.detect_local_mode, detect_local_mode);
-        over(&mut config.detect_local.bridge_interface, pod_bridge_interface);
-        over(&mut config.detect_local.interface_name_prefix, pod_interface_name_prefix);
-        over(&mut config.iptables.masquerade_all, masquerade_all);
-        over(&mut config.nftables.masquerade_all, masquerade_all);
-        over(&mut config.mode, proxy_mode);
-        over(&mut config.iptables.sync_period, iptables_sync_period);
-        over(&mut config.nftables.sync_period, iptables_sync_period);
-        over(&mut config.iptables.min_sync_period, iptables_min_sync_period);
-        over(&mut config.nftables.min_sync_period, iptables_min_sync_period);
-        over(&mut config.iptables.masquerade_bit, iptables_masquerade_bit);
-        over(&mut config.ipvs.sync_period, ipvs_sync_period);
-        over(&mut config.ipvs.min_sync_period, ipvs_min_sync_period);
-        over(&mut config.ipvs.scheduler, ipvs_scheduler);
-        over(&mut config.ipvs.exclude_cidrs, ipvs_exclude_cidrs);
-        over(&mut config.ipvs.strict_arp, ipvs_strict_arp);
-        over(&mut config.ipvs.tcp_timeout, ipvs_tcp_timeout);
-        over(&mut config.ipvs.tcp_fin_timeout, ipvs_tcpfin_timeout);
-        over(&mut config.ipvs.udp_timeout, ipvs_udp_timeout);
-        over(&mut config.conntrack.max_per_core, conntrack_max_per_core);
-        over(&mut config.conntrack.min, conntrack_min);
-        over(&mut config.conntrack.tcp_established_timeout, conntrack_tcp_timeout_established);
-        over(&mut config.conntrack.tcp_close_wait_timeout, conntrack_tcp_timeout_close_wait);
-        over(&mut config.conntrack.tcp_be_liberal, conntrack_tcp_be_liberal);
-        over(&mut config.conntrack.udp_timeout, conntrack_udp_timeout);
-        over(&mut config.conntrack.udp_stream_timeout, conntrack_udp_timeout_stream);
-        over(&mut config.oom_score_adj, oom_score_adj);
-        over(&mut config.enable_profiling, profiling);
-        over(&mut config.config_sync_period, config_sync_period);
-        over(&mut config.show_hidden_metrics_for_version, show_hidden_metrics_for_version);
+        over(
+            &mut config.client_connection.kubeconfig,
+            kubeconfig.as_ref().map(|path| path.display().to_string()).as_ref(),
+        );
+        over(&mut config.hostname_override, hostname_override.as_ref());
+        over(&mut config.client_connection.qps, kube_api_qps.as_ref());
+        over(&mut config.client_connection.burst, kube_api_burst.as_ref());
+        over(&mut config.client_connection.content_type, kube_api_content_type.as_ref());
+        over(&mut config.bind_address, bind_address.as_ref());
+        over(&mut config.healthz_bind_address, healthz_bind_address.as_ref());
+        over(&mut config.metrics_bind_address, metrics_bind_address.as_ref());
+        over(&mut config.bind_address_hard_fail, bind_address_hard_fail.as_ref());
+        over(&mut config.node_port_addresses, nodeport_addresses.as_ref());
+        over(&mut config.iptables.localhost_node_ports, iptables_localhost_nodeports.as_ref());
+        over(&mut config.cluster_cidr, cluster_cidr.as_ref());
+        over(&mut config.detect_local_mode, detect_local_mode.as_ref());
+        over(&mut config.detect_local.bridge_interface, pod_bridge_interface.as_ref());
+        over(&mut config.detect_local.interface_name_prefix, pod_interface_name_prefix.as_ref());
+        over(&mut config.iptables.masquerade_all, masquerade_all.as_ref());
+        over(&mut config.nftables.masquerade_all, masquerade_all.as_ref());
+        over(&mut config.mode, proxy_mode.as_ref());
+        over(&mut config.iptables.sync_period, iptables_sync_period.as_ref());
+        over(&mut config.nftables.sync_period, iptables_sync_period.as_ref());
+        over(&mut config.iptables.min_sync_period, iptables_min_sync_period.as_ref());
+        over(&mut config.nftables.min_sync_period, iptables_min_sync_period.as_ref());
+        over(&mut config.iptables.masquerade_bit, iptables_masquerade_bit.as_ref());
+        over(&mut config.ipvs.sync_period, ipvs_sync_period.as_ref());
+        over(&mut config.ipvs.min_sync_period, ipvs_min_sync_period.as_ref());
+        over(&mut config.ipvs.scheduler, ipvs_scheduler.as_ref());
+        over(&mut config.ipvs.exclude_cidrs, ipvs_exclude_cidrs.as_ref());
+        over(&mut config.ipvs.strict_arp, ipvs_strict_arp.as_ref());
+        over(&mut config.ipvs.tcp_timeout, ipvs_tcp_timeout.as_ref());
+        over(&mut config.ipvs.tcp_fin_timeout, ipvs_tcpfin_timeout.as_ref());
+        over(&mut config.ipvs.udp_timeout, ipvs_udp_timeout.as_ref());
+        over(&mut config.conntrack.max_per_core, conntrack_max_per_core.as_ref());
+        over(&mut config.conntrack.min, conntrack_min.as_ref());
+        over(&mut config.conntrack.tcp_established_timeout, conntrack_tcp_timeout_established.as_ref());
+        over(&mut config.conntrack.tcp_close_wait_timeout, conntrack_tcp_timeout_close_wait.as_ref());
+        over(&mut config.conntrack.tcp_be_liberal, conntrack_tcp_be_liberal.as_ref());
+        over(&mut config.conntrack.udp_timeout, conntrack_udp_timeout.as_ref());
+        over(&mut config.conntrack.udp_stream_timeout, conntrack_udp_timeout_stream.as_ref());
+        over(&mut config.oom_score_adj, oom_score_adj.as_ref());
+        over(&mut config.enable_profiling, profiling.as_ref());
+        over(&mut config.config_sync_period, config_sync_period.as_ref());
+        over(&mut config.show_hidden_metrics_for_version, show_hidden_metrics_for_version.as_ref());
         if let Some(gates) = feature_gates {
             let all = config.feature_gates.get_or_insert_with(BTreeMap::new);
             all.extend(gates.iter().cloned());
         }
-        over(&mut config.logging.format, logging_format);
-        over(&mut config.logging.verbosity, verbosity);
-        over(&mut config.logging.vmodule, &text(vmodule));
-        over(&mut config.logging.flush_frequency, &text(log_flush_frequency));
+        over(&mut config.logging.format, logging_format.as_ref());
+        over(&mut config.logging.verbosity, verbosity.as_ref());
+        over(&mut config.logging.vmodule, text(vmodule).as_ref());
+        over(&mut config.logging.flush_frequency, text(log_flush_frequency).as_ref());
     }
 }
 
-fn over<T: Clone>(field: &mut Option<T>, flag: &Option<T>) {
-    if flag.is_some() {
-        field.clone_from(flag);
+fn over<T: Clone>(field: &mut Option<T>, flag: Option<&T>) {
+    if let Some(flag) = flag {
+        *field = Some(flag.clone());
     }
 }

@@ -36,7 +36,6 @@ impl Exposition {
     }
 
     /// One sample of the family begun last.
-    #[expect(clippy::float_cmp, reason = "exactly zero is written without a fraction, as by Go")]
     pub fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
         self.0.push_str(name);
         for (at, (label, text)) in labels.iter().enumerate() {
@@ -47,8 +46,7 @@ impl Exposition {
         if !labels.is_empty() {
             self.0.push('}');
         }
-        // Not a number never occurs; what is huge is written in full, which every parser reads.
-        let value = if value == 0.0 { 0.0 } else { value };
+        // What is huge is written in full, which every parser reads.
         let _ = writeln!(self.0, " {value}");
     }
 

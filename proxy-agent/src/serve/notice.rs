@@ -190,8 +190,8 @@ mod tests {
         assert_eq!(told(&mut filter, "a", Duration::ZERO), 25);
         assert_eq!(told(&mut filter, "b", Duration::ZERO), 25);
         assert_eq!(told(&mut filter, "a", Duration::from_secs(299)), 0);
-        assert_eq!(told(&mut filter, "a", Duration::from_secs(300)), 1);
-        assert_eq!(told(&mut filter, "a", Duration::from_secs(900)), 2);
+        assert_eq!(told(&mut filter, "a", Duration::from_mins(5)), 1);
+        assert_eq!(told(&mut filter, "a", Duration::from_mins(15)), 2);
     }
 
     #[test]
@@ -202,7 +202,7 @@ mod tests {
         };
         assert_eq!(told(&mut filter, Duration::from_secs(1)), 10);
         assert_eq!(told(&mut filter, Duration::from_secs(2)), 5);
-        assert_eq!(told(&mut filter, Duration::from_secs(60)), 10);
+        assert_eq!(told(&mut filter, Duration::from_mins(1)), 10);
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl Addresses {
     pub fn of<'a>(
         served: &[NodePortAddresses],
         node: &Node,
-        devices: impl IntoIterator<Item = &'a NetDevice> + Clone,
+        devices: impl Iterator<Item = &'a NetDevice> + Clone,
     ) -> Self {
         let mut all = Vec::new();
         for one in served {
@@ -52,8 +52,7 @@ impl Addresses {
                     all.extend([IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)]);
                 }
                 NodePortAddresses::Range(range) => {
-                    let devices = devices.clone().into_iter();
-                    all.extend(devices.flat_map(|device| &device.addresses).filter(|ip| range.contains(*ip)));
+                    all.extend(devices.clone().flat_map(|device| &device.addresses).filter(|ip| range.contains(*ip)));
                 }
             }
         }
