@@ -22,6 +22,7 @@ use crate::kubeproxy::Settings;
 use crate::kubeproxy::reload::Reload;
 use crate::node::binding::Previous;
 use crate::node::classify::NamePattern;
+use crate::node::conntrack;
 use crate::node::{self, Inputs};
 use crate::serve::listen::{self, Own};
 use crate::serve::metrics::{Packets, Round, Sweep, Usage};
@@ -73,6 +74,7 @@ pub async fn run(config: Config) -> Result<()> {
         source = %source,
         "programs are loaded"
     );
+    take_over(&bpf);
     let metrics = Arc::new(Metrics::default());
     let maps = Pins::new(&dataplane.pin_root).open()?;
     metrics.read_packets(Box::new(move || packets(&maps)));
@@ -123,6 +125,26 @@ pub async fn run(config: Config) -> Result<()> {
     }
     recorder.abort_all();
     Ok(())
+}
+
+/// Leaves the connections of another proxy to it, which translates them by the kernel's connection tracking. Before any
+/// interface gets a program. Without it they end; that is no reason not to start.
+fn take_over(bpf: &Bpf) {
+    let connections = match conntrack::translated() {
+        Ok(connections) => connections,
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "connections of another proxy cannot be listed; those through Services may end");
+            return;
+        }
+    };
+    match dataplane::adopt(bpf.maps(), &connections, monotonic()) {
+        Ok(0) => {}
+        Ok(adopted) => {
+            tracing::info!(adopted, "connections that the kernel's connection tracking translates stay there")
+        }
+        Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "connections of another proxy may end"),
+    }
 }
 
 /// Whom the kernel should kill last. Without the right to say so, it stays as it was.

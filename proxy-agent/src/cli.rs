@@ -95,6 +95,10 @@ struct CleanupArgs {
     /// Nothing else is touched. Only when the agent serves and kube-proxy does not run.
     #[arg(long)]
     kube_proxy: bool,
+    /// Take no new flows, and keep those that are there: stop the agent, run this, start kube-proxy; then, when the
+    /// connections have ended, `cleanup` without it.
+    #[arg(long, conflicts_with = "kube_proxy")]
+    keep_flows: bool,
     /// Only tell what would be removed.
     #[arg(long, requires = "kube_proxy")]
     dry_run: bool,
@@ -197,8 +201,14 @@ impl Cli {
             Command::Backend(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::backends),
             Command::Flow(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::flows),
             Command::Device(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::devices),
-            Command::Cleanup(CleanupArgs { kube_proxy: true, dry_run, force, healthz, pins: _ }) => {
+            Command::Cleanup(CleanupArgs { kube_proxy: true, dry_run, force, healthz, pins: _, keep_flows: _ }) => {
                 view::lines(&Cleanup { healthz, force, dry_run }.run()?, "nothing of kube-proxy is here");
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Cleanup(args) if args.keep_flows => {
+                let (mut removed, left) = dataplane::retire(&args.pins.pin_root)?;
+                removed.push(format!("established connections that go on: {left}"));
+                view::lines(&removed, "nothing of proxy-agent is here");
                 Ok(ExitCode::SUCCESS)
             }
             Command::Cleanup(args) => {

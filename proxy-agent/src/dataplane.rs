@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use proxy_abi::{BackendEntry, DeviceEntry, Proto, map as map_name};
+use proxy_abi::flow::state;
+use proxy_abi::{BackendEntry, DeviceEntry, FlowEntry, FlowKey, PortBe, Proto, Tuple, map as map_name};
 use proxy_core::dataplane::Dataplane;
 use proxy_core::tables::{Op, Tables};
 
@@ -22,6 +23,8 @@ pub mod sysbpf;
 use attach::Way;
 use map::Layout;
 use pins::{LinkPin, Maps, Pins};
+
+use crate::node::conntrack::Translated;
 
 /// The eBPF object, as `build.rs` made it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dataplane.o"));
@@ -404,6 +407,60 @@ impl Dataplane for Bpf {
         }
         ops.iter().map(|op| self.apply(op)).collect()
     }
+}
+
+/// Leaves TCP connections to what translates them now: each gets an entry as a direct flow, so that its segments pass
+/// untouched. Without one a segment to a Service in the middle of an unknown connection drops. Returns how many were new.
+pub fn adopt(maps: &Maps, connections: &[Translated], now: u64) -> Result<usize, Error> {
+    let mut adopted = 0;
+    for connection in connections {
+        let (src, dst) = (connection.from, connection.to);
+        let tuple = Tuple {
+            src: src.ip().into(),
+            dst: dst.ip().into(),
+            src_port: PortBe::new(src.port()),
+            dst_port: PortBe::new(dst.port()),
+        };
+        let key = tuple.key(Proto::TCP, tuple.dst.family(), FlowKey::SIDE_COMMON);
+        if maps.flow_live.get(&key)?.is_some() || maps.flow_brief.get(&key)?.is_some() {
+            continue;
+        }
+        let entry = FlowEntry {
+            original: tuple,
+            translated: tuple,
+            last_seen: now,
+            flags: FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED,
+            state: state::ESTABLISHED,
+            ..FlowEntry::NONE
+        };
+        maps.flow_live.set(&key, &entry)?;
+        adopted += 1;
+    }
+    Ok(adopted)
+}
+
+/// Takes no new flows any more, and keeps those that are there: for another proxy to take over. Returns what was removed,
+/// and how many established flows are left; when they have ended, [`cleanup`] removes the rest.
+pub fn retire(pin_root: &Path) -> Result<(Vec<String>, usize), Error> {
+    let pins = Pins::new(pin_root);
+    let _lock = pins.lock()?;
+    let maps = pins.open()?;
+    let mut removed = Vec::new();
+    for pin in pins.list_links()?.into_iter().filter(|pin| matches!(pin, LinkPin::Cgroup(_))) {
+        pins.remove_link(&pin)?;
+        removed.push(format!("link {}", pins.link(&pin).display()));
+    }
+    let frontends = maps.frontend.read()?;
+    for (key, _) in &frontends {
+        maps.frontend.delete(key)?;
+    }
+    for (key, _) in maps.prefix.read()? {
+        maps.prefix.delete(&key)?;
+    }
+    removed.push(format!("{} frontends", frontends.len()));
+    let flows = maps.flow_live.read()?;
+    let left = flows.iter().filter(|(_, entry)| entry.flags & FlowEntry::KEY_ORIGINAL != 0 && entry.is_translated());
+    Ok((removed, left.count()))
 }
 
 /// Detaches everything and removes every pin: nothing of us stays in the kernel. Returns what was removed.

@@ -11,7 +11,8 @@ use super::*;
 fn the_whole_exposition() {
     let metrics = Metrics::default();
     let name = ObjectName::new("ns", "web");
-    let slice = EndpointSlice { name: name.clone(), service: name.clone(), ports: vec![], endpoints: vec![] };
+    let slice =
+        EndpointSlice { name: name.clone(), service: name.clone(), ports: vec![], endpoints: vec![], triggered: None };
     for event in [Event::ServiceGone(name.clone()), Event::SliceGone(name.clone()), Event::Slice(slice)] {
         metrics.event(&event);
     }

@@ -250,6 +250,27 @@ impl FlowEntry {
     /// The translated source is an address of the node.
     pub const MASQUERADED: u16 = 512;
 
+    /// No flow.
+    pub const NONE: Self = Self {
+        original: Tuple::ZERO,
+        translated: Tuple::ZERO,
+        last_seen: 0,
+        service: 0,
+        backend: 0,
+        generation: 0,
+        initiator_ifindex: 0,
+        responder_ifindex: 0,
+        initiator_stamp: Stamp { revision: 0, rule: 0 },
+        responder_stamp: Stamp { revision: 0, rule: 0 },
+        initiator_mac: MacBytes([0; 6]),
+        responder_mac: MacBytes([0; 6]),
+        initiator_slot: 0,
+        responder_slot: 0,
+        flags: 0,
+        state: 0,
+        provenance: 0,
+    };
+
     /// Is anything rewritten?
     #[inline(always)]
     pub const fn is_translated(&self) -> bool {
