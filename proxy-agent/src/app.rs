@@ -247,7 +247,7 @@ impl World {
             _ => return,
         }
         let served = &settings.policy.node_port_addresses;
-        let is = Addresses::of(served, &self.node.borrow(), self.devices.values());
+        let is = Addresses::of(served, &self.node.borrow(), &self.devices.values().collect::<Vec<_>>());
         self.addresses.send_if_modified(|was| {
             let changed = *was != is;
             *was = is;
