@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
 use proxy_abi::{Hook, Reason, map};
@@ -339,7 +339,8 @@ async fn reconcile(
     mut world: World,
     settings: &Settings,
 ) -> Result<()> {
-    let mut reconciler = Reconciler::new(reconcile::Settings::default());
+    let policy = settings.policy.clone();
+    let mut reconciler = Reconciler::new(reconcile::Settings { policy, ..reconcile::Settings::default() });
     let start = Instant::now();
     let now = || u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
     let mut retry_at = None;
@@ -388,6 +389,12 @@ async fn reconcile(
         for (op, error) in report.failed.iter().filter(|(_, e)| !e.is_interface_gone()) {
             tracing::error!(?op, error = error as &dyn std::error::Error, "map operation failed; tried again");
         }
+        if report.facts_changed {
+            world.publish(&reconciler.facts());
+        }
+        for triggered in &report.programmed {
+            world.metrics.programmed(since(*triggered));
+        }
         if report.diagnostics_changed {
             world.findings(&reconciler, &mut said);
         }
@@ -404,4 +411,10 @@ async fn reconcile(
             tracing::debug!(applied = report.applied, pending = report.pending, "synced");
         }
     }
+}
+
+/// How long ago a time of the API server was, in milliseconds since 1970. 0 when its clock is ahead of ours.
+fn since(triggered: u64) -> Duration {
+    let then = SystemTime::UNIX_EPOCH + Duration::from_millis(triggered);
+    SystemTime::now().duration_since(then).unwrap_or_default()
 }
