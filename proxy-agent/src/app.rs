@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,8 +19,8 @@ use crate::dataplane::pins::{Maps, Pins};
 use crate::dataplane::sweep::{monotonic, sweep};
 use crate::dataplane::{self, Bpf};
 use crate::k8s::{self, SourceConfig};
-use crate::kubeproxy::Settings;
 use crate::kubeproxy::reload::Reload;
+use crate::kubeproxy::{Settings, sysctl};
 use crate::node::binding::Previous;
 use crate::node::classify::NamePattern;
 use crate::node::conntrack;
@@ -40,6 +41,8 @@ pub struct Config {
     pub dataplane: dataplane::Config,
     /// Names of pod bridges; empty for all.
     pub pod_bridges: Vec<NamePattern>,
+    /// Where the kernel's settings of conntrack are; `None` leaves them.
+    pub conntrack_settings: Option<PathBuf>,
     /// What kube-proxy's configuration decides.
     pub settings: Settings,
     /// The file that it came from.
@@ -63,7 +66,10 @@ const METRICS_SERVER: Own =
 pub async fn run(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let Config { source, node_name, dataplane, pod_bridges, settings, reload } = config;
+    let Config { source, node_name, dataplane, pod_bridges, conntrack_settings, settings, reload } = config;
+    if let Some(directory) = &conntrack_settings {
+        sysctl::apply(directory, &sysctl::wanted(&settings));
+    }
     adjust_oom_score(settings.oom_score_adj);
     let bpf = Bpf::open(&dataplane)?;
     tracing::info!(

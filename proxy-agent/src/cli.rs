@@ -157,6 +157,10 @@ struct RunArgs {
     /// Name of this node's Node object, unless --hostname-override or the file gives one; the host name if not given.
     #[arg(long, env = "NODE_NAME")]
     node_name: Option<String>,
+    /// Directory of the kernel's `nf_conntrack_*` settings, to be set as kube-proxy sets them (`/proc/sys/net/netfilter`, or
+    /// where it is mounted in a container). Without it they stay as they are.
+    #[arg(long, env = "PROXY_AGENT_CONNTRACK_SETTINGS")]
+    conntrack_settings: Option<PathBuf>,
     /// How programs are attached to interfaces.
     #[arg(long, value_enum, default_value_t = AttachMode::Auto)]
     attach: AttachMode,
@@ -231,6 +235,7 @@ fn run(args: RunArgs) -> Result<()> {
         apiserver,
         node_name,
         attach,
+        conntrack_settings,
         cgroup,
         pod_bridge,
         external_ips,
@@ -268,6 +273,7 @@ fn run(args: RunArgs) -> Result<()> {
             pod_quota: pod_flow_quota.unwrap_or(flow_live / 4),
         },
         pod_bridges: pod_bridge,
+        conntrack_settings,
         reload: file.map(|file| Reload::new(file, flags, external_ips, settings.clone())),
         settings,
     };
