@@ -147,7 +147,7 @@ fn take_over(bpf: &Bpf) {
     match dataplane::adopt(bpf.maps(), &connections, monotonic()) {
         Ok(0) => {}
         Ok(adopted) => {
-            tracing::info!(adopted, "connections that the kernel's connection tracking translates stay there")
+            tracing::info!(adopted, "connections that the kernel's connection tracking translates stay there");
         }
         Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "connections of another proxy may end"),
     }

@@ -88,6 +88,7 @@ struct CheckArgs {
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 struct CleanupArgs {
     #[command(flatten)]
     pins: PinArgs,

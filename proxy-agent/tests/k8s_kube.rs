@@ -459,7 +459,10 @@ async fn one_object_that_cannot_be_read_keeps_its_last_version() {
         list("5", "", &["a", "b"]),
         Answer::Watch(vec![event("MODIFIED", &broken), event("MODIFIED", &portless)], End::Clean),
         status(410, "Expired"),
-        Answer::Json(200, json!({"metadata": {"resourceVersion": "8"}, "items": [broken, portless, service("c", "8")]})),
+        Answer::Json(
+            200,
+            json!({"metadata": {"resourceVersion": "8"}, "items": [broken, portless, service("c", "8")]}),
+        ),
         Answer::Watch(vec![typed("MODIFIED", "a", "9"), typed("DELETED", "b", "10")], End::Clean),
         end(),
     ];

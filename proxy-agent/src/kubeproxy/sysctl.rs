@@ -68,7 +68,7 @@ pub fn apply(directory: &Path, wanted: &[Wanted]) {
         match fs::write(&path, value.to_string()) {
             Ok(()) => tracing::info!(name, was = is, value, "a setting of conntrack, as kube-proxy makes it"),
             Err(error) => {
-                tracing::warn!(path = %path.display(), value, %error, "a setting of conntrack cannot be written")
+                tracing::warn!(path = %path.display(), value, %error, "a setting of conntrack cannot be written");
             }
         }
     }

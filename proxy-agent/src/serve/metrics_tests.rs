@@ -1,3 +1,5 @@
+//! The whole exposition, line by line.
+
 use std::num::NonZeroU16;
 
 use proxy_core::facts::HealthCheck;

@@ -114,7 +114,7 @@ pub async fn run(
         }
         let retry = async {
             if failed {
-                tokio::time::sleep(RETRY).await;
+                tokio::time::sleep_until(tokio::time::Instant::now() + RETRY).await;
             } else {
                 std::future::pending::<()>().await;
             }
