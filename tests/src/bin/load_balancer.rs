@@ -158,15 +158,12 @@ impl Balancer {
             return Ok(());
         }
         let (ip_text, family) = (ip.to_string(), if ip.is_ipv4() { "-4" } else { "-6" });
-        match node {
-            Some(node) => {
-                netns.output("ip", &[family, "route", "replace", &ip_text, "via", &node.to_string()])?;
-                self.routes.insert(ip, node);
-            }
-            None => {
-                netns.output("ip", &[family, "route", "del", &ip_text])?;
-                self.routes.remove(&ip);
-            }
+        if let Some(node) = node {
+            netns.output("ip", &[family, "route", "replace", &ip_text, "via", &node.to_string()])?;
+            self.routes.insert(ip, node);
+        } else {
+            netns.output("ip", &[family, "route", "del", &ip_text])?;
+            self.routes.remove(&ip);
         }
         println!("{ip} by way of {node:?}");
         Ok(())
