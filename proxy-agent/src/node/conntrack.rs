@@ -143,9 +143,11 @@ mod tests {
         }
     }
 
-    /// In a namespace of its own the list is empty, and asking for it works: the kernel's answer, not a picture of it.
+    /// The kernel's answer, not a picture of it: a list for root, a refusal for others.
     #[test]
     fn the_kernel_answers() {
-        assert!(translated().is_ok());
+        let answer = translated();
+        let root = nix::unistd::geteuid().is_root();
+        assert!(answer.is_ok() || !root && matches!(answer, Err(NetlinkError::Refused { .. })), "{answer:?}");
     }
 }

@@ -88,9 +88,10 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
         let first = u32::from(parsed.fragment == Fragment::FIRST);
         let ports = fragment_ports(&parsed.tuple, parsed.fragment_id, u32::from(parsed.proto.0), first);
         if ports == u64::MAX {
-            if netdev {
-                // Whose it is cannot be known. If a Service's, the node's stack waits for a first fragment in vain.
-                return Outcome::pass(Reason::NotService);
+            if !matches!(hook, Hook::FromPod) {
+                // Whose it is cannot be known. If a Service's, whoever puts it together waits for the rest in vain, as it
+                // would if it were dropped. If not, nothing is lost.
+                return Outcome::pass(Reason::FragmentUnknown);
             }
             return Outcome::drop(Reason::FragmentBeforeFirst);
         }
