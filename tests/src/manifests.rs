@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use crate::address::Family;
+use crate::address::{Family, service_cidr};
 use crate::error::{Context as _, Result};
 use crate::lease::remove_tree;
 use crate::node::Node;
@@ -44,6 +44,8 @@ pub struct ServicePort {
     pub port: u16,
     /// Port of the pods.
     pub target_port: u16,
+    /// Port of the nodes.
+    pub node_port: Option<u16>,
 }
 
 /// A Service of type ClusterIP, with anything else in `spec`.
@@ -59,6 +61,10 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Further fields of `spec`; they replace those made of the fields above.
     pub spec: Map<String, Value>,
+    /// `metadata.labels`.
+    pub labels: Map<String, Value>,
+    /// `status.loadBalancer.ingress`.
+    pub ingress: Vec<Value>,
 }
 
 /// One endpoint of an [`EndpointSlice`].
@@ -72,6 +78,10 @@ pub struct Endpoint {
     pub node: Option<String>,
     /// Namespace, name and UID of the pod.
     pub pod: Option<(String, String, String)>,
+    /// `hints.forZones`.
+    pub zones: Vec<String>,
+    /// `hints.forNodes`.
+    pub nodes: Vec<String>,
 }
 
 /// Conditions of an endpoint.
@@ -115,13 +125,62 @@ impl Service {
     /// A Service in `default`.
     pub fn new(name: &str, cluster_ips: &[IpAddr], ports: Vec<ServicePort>) -> Self {
         let (namespace, name) = ("default".to_owned(), name.to_owned());
-        Self { namespace, name, cluster_ips: cluster_ips.to_vec(), ports, spec: Map::new() }
+        let cluster_ips = cluster_ips.to_vec();
+        Self { namespace, name, cluster_ips, ports, spec: Map::new(), labels: Map::new(), ingress: Vec::new() }
     }
 
     /// Sets a field of `spec`.
     #[must_use]
     pub fn with(mut self, field: &str, value: Value) -> Self {
         self.spec.insert(field.to_owned(), value);
+        self
+    }
+
+    /// Type NodePort: the same port of the nodes for all its ports, which differ in their protocols.
+    #[must_use]
+    pub fn node_port(mut self, number: u16) -> Self {
+        for port in &mut self.ports {
+            port.node_port = Some(number);
+        }
+        self.with("type", json!("NodePort"))
+    }
+
+    /// Type LoadBalancer, with these addresses of the balancer.
+    #[must_use]
+    pub fn load_balancer(mut self, ips: &[IpAddr]) -> Self {
+        self.ingress = ips.iter().map(|ip| json!({ "ip": ip })).collect();
+        self.with("type", json!("LoadBalancer"))
+    }
+
+    /// `spec.externalIPs`.
+    #[must_use]
+    pub fn external_ips(self, ips: &[IpAddr]) -> Self {
+        self.with("externalIPs", json!(ips))
+    }
+
+    /// Traffic policy `Local` for what comes from the cluster.
+    #[must_use]
+    pub fn internal_local(self) -> Self {
+        self.with("internalTrafficPolicy", json!("Local"))
+    }
+
+    /// Traffic policy `Local` for what comes from outside.
+    #[must_use]
+    pub fn external_local(self) -> Self {
+        self.with("externalTrafficPolicy", json!("Local"))
+    }
+
+    /// Affinity by the client's address, for so many seconds.
+    #[must_use]
+    pub fn affinity(self, seconds: u32) -> Self {
+        self.with("sessionAffinity", json!("ClientIP"))
+            .with("sessionAffinityConfig", json!({ "clientIP": { "timeoutSeconds": seconds } }))
+    }
+
+    /// A label.
+    #[must_use]
+    pub fn label(mut self, name: &str, value: &str) -> Self {
+        self.labels.insert(name.to_owned(), json!(value));
         self
     }
 
@@ -142,12 +201,12 @@ impl Service {
 impl ServicePort {
     /// A TCP port.
     pub fn tcp(name: &str, port: u16, target_port: u16) -> Self {
-        Self { name: name.to_owned(), protocol: "TCP".to_owned(), port, target_port }
+        Self { name: name.to_owned(), protocol: "TCP".to_owned(), port, target_port, node_port: None }
     }
 
     /// A UDP port.
     pub fn udp(name: &str, port: u16, target_port: u16) -> Self {
-        Self { name: name.to_owned(), protocol: "UDP".to_owned(), port, target_port }
+        Self { name: name.to_owned(), protocol: "UDP".to_owned(), port, target_port, node_port: None }
     }
 }
 
@@ -159,12 +218,27 @@ impl Endpoint {
             conditions: Conditions::READY,
             node: Some(pod.node().to_owned()),
             pod: Some((pod.namespace().to_owned(), pod.name().to_owned(), pod.uid().to_owned())),
+            zones: Vec::new(),
+            nodes: Vec::new(),
         }
     }
 
     /// An address that is no pod, ready.
     pub fn at(ip: IpAddr) -> Self {
-        Self { addresses: vec![ip], conditions: Conditions::READY, node: None, pod: None }
+        let (addresses, conditions) = (vec![ip], Conditions::READY);
+        Self { addresses, conditions, node: None, pod: None, zones: Vec::new(), nodes: Vec::new() }
+    }
+
+    /// A pod with `hostNetwork`, ready.
+    pub fn on(node: &Node, family: Family) -> Self {
+        Self { node: Some(node.name().to_owned()), ..Self::at(node.ip(family)) }
+    }
+
+    /// Sets the conditions.
+    #[must_use]
+    pub fn conditions(mut self, conditions: Conditions) -> Self {
+        self.conditions = conditions;
+        self
     }
 }
 
@@ -180,6 +254,9 @@ impl Object for Service {
                 });
                 if !port.name.is_empty() {
                     json["name"] = port.name.clone().into();
+                }
+                if let Some(number) = port.node_port {
+                    json["nodePort"] = number.into();
                 }
                 json
             })
@@ -202,8 +279,9 @@ impl Object for Service {
         json!({
             "apiVersion": "v1",
             "kind": "Service",
-            "metadata": { "namespace": self.namespace, "name": self.name },
+            "metadata": { "namespace": self.namespace, "name": self.name, "labels": self.labels },
             "spec": spec,
+            "status": { "loadBalancer": { "ingress": self.ingress } },
         })
     }
 }
@@ -243,6 +321,13 @@ fn endpoint_json(endpoint: &Endpoint) -> Value {
     if let Some(node) = &endpoint.node {
         json["nodeName"] = node.clone().into();
     }
+    let hint = |names: &[String]| names.iter().map(|name| json!({ "name": name })).collect::<Vec<_>>();
+    if !endpoint.zones.is_empty() {
+        json["hints"]["forZones"] = hint(&endpoint.zones).into();
+    }
+    if !endpoint.nodes.is_empty() {
+        json["hints"]["forNodes"] = hint(&endpoint.nodes).into();
+    }
     if let Some((namespace, name, uid)) = &endpoint.pod {
         json["targetRef"] = json!({ "kind": "Pod", "namespace": namespace, "name": name, "uid": uid });
     }
@@ -263,6 +348,16 @@ impl Object for &Node {
             "status": { "addresses": addresses },
         })
     }
+}
+
+/// A ServiceCIDR with the service ranges of the simulator.
+pub fn service_cidr_object() -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": { "name": "kubernetes" },
+        "spec": { "cidrs": Family::BOTH.map(|family| service_cidr(family).to_string()) },
+    })
 }
 
 impl Manifests {

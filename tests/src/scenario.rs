@@ -33,6 +33,8 @@ use views::{BackendRow, Counters, DeviceRow, FlowRow, ServiceRow, Status, rows};
 pub const TARGET_PORT: u16 = 8080;
 /// Port of every Service.
 pub const SERVICE_PORT: u16 = 80;
+/// Name of the host that is no node.
+pub const OUTSIDE: &str = "outside";
 
 /// A running cluster with agents. Dropping it ends the servers, then the agents, then the cluster.
 #[derive(Debug)]
@@ -160,11 +162,14 @@ impl Scenario {
     /// is the number of its addresses in the service networks.
     pub fn publish(&self, name: &str, host: u16, behind: &[&str]) -> Result<Service> {
         let service = service(name, host);
-        for family in Family::BOTH {
-            self.manifests.write(&self.slice(&service, family, behind)?)?;
-        }
-        self.manifests.write(&service)?;
+        self.publish_service(&service, behind)?;
         Ok(service)
+    }
+
+    /// Writes a Service with these names of pods and nodes behind it.
+    pub fn publish_service(&self, service: &Service, behind: &[&str]) -> Result<()> {
+        self.set_endpoints(service, behind)?;
+        self.manifests.write(service)
     }
 
     /// A slice of a Service with these names of pods and nodes.
@@ -173,7 +178,7 @@ impl Scenario {
         slice.endpoints = behind
             .iter()
             .map(|name| match self.cluster.node(name) {
-                Ok(node) => Ok(Endpoint::at(node.ip(family))),
+                Ok(node) => Ok(Endpoint::on(node, family)),
                 Err(_) => Ok(Endpoint::of(&self.cluster.pod(name)?, family)),
             })
             .collect::<Result<_>>()?;
@@ -251,11 +256,25 @@ impl Scenario {
         &self.cluster.nodes()[node]
     }
 
-    /// The namespace of a pod or node.
+    /// The namespace of a pod or node, or of the host that is no node ([`OUTSIDE`]).
     pub fn netns(&self, name: &str) -> Result<Netns> {
+        if name == OUTSIDE {
+            return Ok(self.cluster.outside().clone());
+        }
         match self.cluster.node(name) {
             Ok(node) => Ok(node.netns().clone()),
             Err(_) => Ok(self.cluster.pod(name)?.netns().clone()),
+        }
+    }
+
+    /// The address of a pod, a node or the host that is no node.
+    pub fn ip(&self, name: &str, family: Family) -> Result<IpAddr> {
+        if name == OUTSIDE {
+            return Ok(self.cluster.outside_ip(family));
+        }
+        match self.cluster.node(name) {
+            Ok(node) => Ok(node.ip(family)),
+            Err(_) => Ok(self.cluster.pod(name)?.ip(family)),
         }
     }
 }

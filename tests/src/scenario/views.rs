@@ -1,6 +1,6 @@
 //! What the agent's command line says, as values. It reads the pinned maps, so it also works while the agent is down.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
@@ -171,6 +171,12 @@ impl Counters {
     /// Packets dropped, for whatever reason.
     pub fn drops(&self) -> u64 {
         self.packets.values().filter(|count| count.drop).map(|count| count.packets).sum()
+    }
+
+    /// Reasons for which packets were dropped or refused, in whatever hook.
+    pub fn drop_reasons(&self) -> BTreeSet<String> {
+        let drops = self.packets.iter().filter(|(_, count)| count.drop && count.packets > 0);
+        drops.map(|((_, reason), _)| reason.clone()).collect()
     }
 
     /// `hook.reason` of all that is not zero, in order.

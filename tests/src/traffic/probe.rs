@@ -1,0 +1,113 @@
+//! One request, and what became of it: answered, refused, or nothing at all.
+
+use std::fmt;
+use std::io::{self, ErrorKind, Write as _};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use super::socket::{tcp_connect, timed_out, udp_client};
+use super::wire::{Greeting, Mode, UdpReply};
+use crate::deadline::Deadline;
+use crate::error::Result;
+use crate::netns::Netns;
+
+/// TCP or UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Transport {
+    /// A connection.
+    Tcp,
+    /// A datagram on a connected socket, which hears of ICMP errors.
+    Udp,
+}
+
+/// What became of a request.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Answer {
+    /// A server of the simulator answered.
+    From {
+        /// Its name.
+        server: String,
+        /// The client's address as it saw it.
+        seen: IpAddr,
+    },
+    /// `ECONNREFUSED`.
+    Refused,
+    /// `EPERM`: the system call itself was not let through.
+    Denied,
+    /// Nothing came in time.
+    Silent,
+    /// Anything else.
+    Failed(ErrorKind),
+}
+
+impl Transport {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Tcp, Self::Udp];
+}
+
+/// Asks once from `netns`. With a patience below a second a TCP answer is one to the first SYN.
+///
+/// # Errors
+/// When the namespace cannot be entered; how the request ends is never an error.
+pub fn probe(netns: &Netns, target: SocketAddr, transport: Transport, patience: Duration) -> Result<Answer> {
+    let asked = netns.run(|| match transport {
+        Transport::Tcp => ask_tcp(target, patience),
+        Transport::Udp => ask_udp(target, patience),
+    })?;
+    Ok(match asked {
+        Ok((server, peer)) => Answer::From { server, seen: peer.ip() },
+        Err(error) if timed_out(&error) => Answer::Silent,
+        Err(error) => match error.kind() {
+            ErrorKind::ConnectionRefused => Answer::Refused,
+            ErrorKind::PermissionDenied => Answer::Denied,
+            kind => Answer::Failed(kind),
+        },
+    })
+}
+
+fn ask_tcp(target: SocketAddr, patience: Duration) -> io::Result<(String, SocketAddr)> {
+    let mut connection = tcp_connect(target, 0, patience)?;
+    connection.write_all(&Mode::Echo.encode())?;
+    let greeting = Greeting::read(&connection)?;
+    Ok((greeting.server, greeting.peer))
+}
+
+fn ask_udp(target: SocketAddr, patience: Duration) -> io::Result<(String, SocketAddr)> {
+    let socket = udp_client(target, 0, patience)?;
+    socket.connect(target)?;
+    socket.send(&fastrand::u128(..).to_be_bytes())?;
+    let deadline = Deadline::after(patience);
+    let mut buffer = [0; 2048];
+    loop {
+        let left = deadline.left().ok_or(ErrorKind::TimedOut)?;
+        socket.set_read_timeout(Some(left))?;
+        match socket.recv(&mut buffer) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            received => {
+                let (reply, ..) = UdpReply::read(&buffer[..received?]).ok_or(ErrorKind::InvalidData)?;
+                return Ok((reply.server, reply.peer));
+            }
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::From { server, seen } => write!(f, "{server} saw {seen}"),
+            Self::Refused => f.write_str("refused"),
+            Self::Denied => f.write_str("denied"),
+            Self::Silent => f.write_str("silence"),
+            Self::Failed(kind) => write!(f, "{kind:?}"),
+        }
+    }
+}
