@@ -15,12 +15,15 @@ use proxy_core::dataplane::Dataplane;
 use proxy_core::tables::{Op, Tables};
 
 pub mod attach;
+pub mod describe;
 pub mod map;
 pub mod pins;
+pub mod sizing;
 pub mod sweep;
 pub mod sysbpf;
 
 use attach::Way;
+use describe::Description;
 use map::Layout;
 use pins::{LinkPin, Maps, Pins};
 
@@ -203,6 +206,8 @@ impl Bpf {
             attach::attach_cgroup(&ebpf, &pins, cgroup)?;
         }
         let maps = pins.open()?;
+        maps.tell_sizes(config);
+        Description::own(&[(describe::POD_QUOTA, config.pod_quota)]).write(&pins.maps())?;
         // Interfaces that have gone while nobody watched: `load` will not name them, so the plan removes their rest.
         let rows: BTreeMap<u32, DeviceEntry> = maps.device.read()?.into_iter().collect();
         for ifindex in attached(&pins)? {
@@ -329,7 +334,7 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
 }
 
 /// The row of an array map that says "nothing here".
-const NO_BACKEND: BackendEntry = BackendEntry {
+pub(crate) const NO_BACKEND: BackendEntry = BackendEntry {
     ip: proxy_abi::IpBytes::UNSPECIFIED,
     service: 0,
     generation: 0,
@@ -340,6 +345,27 @@ const NO_BACKEND: BackendEntry = BackendEntry {
 };
 
 impl Maps {
+    /// Logs how large the flow tables are, and where that is not what was asked for.
+    fn tell_sizes(&self, config: &Config) {
+        for (flows, asked, flag) in [
+            (&self.flow_live, config.flow_live, "--flow-live-entries"),
+            (&self.flow_brief, config.flow_brief, "--flow-brief-entries"),
+        ] {
+            let (map, entries) = (flows.layout().name, flows.capacity());
+            let bytes_when_full = sizing::bytes_when_full(flows.layout(), entries);
+            tracing::info!(map, entries, bytes_when_full, "flow table");
+            if entries != asked {
+                tracing::warn!(
+                    map,
+                    entries,
+                    asked,
+                    "the pinned flow table keeps its size; to change it, stop the agent, run `proxy-agent cleanup` (connections \
+                     through Services end) and start the agent, with {flag} if need be"
+                );
+            }
+        }
+    }
+
     /// Reads back what the agent owns. Rows of array maps that are zero are not named.
     pub fn tables(&self) -> Result<Tables, Error> {
         Ok(Tables {

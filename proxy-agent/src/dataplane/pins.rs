@@ -4,6 +4,7 @@
 //!   /sys/fs/bpf/proxy-agent/       --pin-root
 //!     v1/                          version of all layouts: two versions never share a map
 //!       maps/frontend, …           one for each of `proxy_abi::map::ALL`
+//!       maps/layout                what they look like, field by field, for an agent of another version
 //!       links/from_pod_7           tcx link of interface 7: the kernel keeps forwarding while the agent is away
 //!       links/to_pod_7
 //!       links/clsact_9/            no link: interface 9 has clsact filters (Linux < 6.6, or asked for)
@@ -25,8 +26,8 @@ use proxy_abi::{
     SocketEntry, SocketKey, map,
 };
 
-use super::Error;
 use super::map::{Layout, Map, size_u32};
+use super::{Error, NO_BACKEND, sizing};
 
 const fn layout<K, V>(name: &'static str, kind: MapType) -> Layout {
     Layout { name, kind, key: size_u32::<K>(), value: size_u32::<V>() }
@@ -74,7 +75,60 @@ pub struct Maps {
     pub pod_flows: Map<u32, u64>,
     pub flow_live: Map<FlowKey, FlowEntry>,
     pub flow_brief: Map<FlowKey, FlowEntry>,
+    pub socket: Map<SocketKey, SocketEntry>,
     pub counter: Map<u32, CounterEntry>,
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Its name.
+    pub map: &'static str,
+    /// Entries in use.
+    pub used: usize,
+    /// Entries that fit.
+    pub capacity: u32,
+    /// Bytes that the kernel holds for it, as [`Map::memory`] tells.
+    pub bytes: Option<u64>,
+    /// Bytes when it is full, as [`sizing::bytes_when_full`] tells.
+    pub bytes_full: Option<u64>,
+}
+
+impl Maps {
+    /// How full each map is. Entries are counted batch by batch, and none is kept.
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    pub fn usage(&self) -> Result<Vec<Usage>, Error> {
+        let any = |layout: &Layout, used, capacity, bytes| Usage {
+            map: layout.name,
+            used,
+            capacity,
+            bytes,
+            bytes_full: sizing::bytes_when_full(layout, capacity),
+        };
+        let mut all = Vec::new();
+        macro_rules! count {
+            ($($field:ident $used:expr;)+) => { $(
+                all.push(any(self.$field.layout(), self.$field.count($used)?, self.$field.capacity(), self.$field.memory()));
+            )+ };
+        }
+        count! {
+            service |_, _| true;
+            frontend |_, _| true;
+            backend |_, entry| *entry != NO_BACKEND;
+            slot |_, backend| *backend != 0;
+            device |_, _| true;
+            local_pod |_, _| true;
+            prefix |_, _| true;
+            flow_live |_, _| true;
+            flow_brief |_, _| true;
+            affinity |_, _| true;
+            socket |_, _| true;
+            pod_flows |_, _| true;
+        }
+        Ok(all)
+    }
 }
 
 /// A name in the directory of links.
@@ -183,7 +237,7 @@ impl Pins {
             live,
             brief,
             _,
-            _,
+            socket,
             counter,
             prefix,
             affinity,
@@ -201,6 +255,7 @@ impl Pins {
             pod_flows: Map::open(&directory, pod_flows)?,
             flow_live: Map::open(&directory, live)?,
             flow_brief: Map::open(&directory, brief)?,
+            socket: Map::open(&directory, socket)?,
             counter: Map::open(&directory, counter)?,
         })
     }

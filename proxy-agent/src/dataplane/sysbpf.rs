@@ -6,6 +6,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -14,6 +15,7 @@ use aya::Pod;
 
 /// Commands of `enum bpf_cmd`.
 mod command {
+    pub(super) const MAP_CREATE: i32 = 0;
     pub(super) const MAP_LOOKUP_ELEM: i32 = 1;
     pub(super) const MAP_UPDATE_ELEM: i32 = 2;
     pub(super) const MAP_DELETE_ELEM: i32 = 3;
@@ -317,14 +319,33 @@ pub fn map_update_batch<K: Pod, V: Pod>(
     }
 }
 
+/// Entries that are read at once where nobody asks for few.
+const CHUNK: usize = 4096;
+
 /// Reads a whole map, in batches. Entries that come or go meanwhile may be in it or not.
 pub fn map_read<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
-    let mut chunk = 1024_usize;
+    let mut all = Vec::new();
+    map_scan(map, |keys, values| {
+        all.extend(keys.iter().copied().zip(values.iter().copied()));
+        ControlFlow::Continue(())
+    })?;
+    Ok(all)
+}
+
+/// Reads a map batch by batch, until `each` has enough. Entries that come or go meanwhile may be in it or not.
+pub fn map_scan<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    mut each: impl FnMut(&[K], &[V]) -> ControlFlow<()>,
+) -> io::Result<()> {
+    let mut chunk = CHUNK;
+    let (mut keys, mut values) = (Vec::<K>::with_capacity(chunk), Vec::<V>::with_capacity(chunk));
     let (mut cursor, mut next) = ([0_u64; 16], [0_u64; 16]);
     let mut first = true;
-    let mut all = Vec::new();
     loop {
-        let (mut keys, mut values) = (Vec::<K>::with_capacity(chunk), Vec::<V>::with_capacity(chunk));
+        keys.clear();
+        values.clear();
+        keys.reserve(chunk);
+        values.reserve(chunk);
         let mut attr = BatchAttr {
             in_batch: if first { 0 } else { cursor.as_ptr() as u64 },
             out_batch: next.as_mut_ptr() as u64,
@@ -352,13 +373,41 @@ pub fn map_read<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> 
             keys.set_len((attr.count as usize).min(chunk));
             values.set_len((attr.count as usize).min(chunk));
         }
-        all.extend(keys.into_iter().zip(values));
-        if done {
-            return Ok(all);
+        if each(&keys, &values).is_break() || done {
+            return Ok(());
         }
         cursor = next;
         first = false;
     }
+}
+
+/// Makes an array map. Nobody has it but us until it is pinned.
+pub fn map_create_array(name: &str, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        kind: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        flags: u32,
+        inner: u32,
+        numa_node: u32,
+        name: [u8; 16],
+    }
+    // BPF_MAP_TYPE_ARRAY; BPF_OBJ_NAME_LEN counts a zero byte at the end.
+    let mut attr = Attr {
+        kind: 2,
+        key_size: 4,
+        value_size,
+        max_entries: entries,
+        flags: 0,
+        inner: 0,
+        numa_node: 0,
+        name: [0; 16],
+    };
+    attr.name.iter_mut().take(15).zip(name.bytes()).for_each(|(to, from)| *to = from);
+    // SAFETY: no pointers.
+    own(unsafe { bpf(command::MAP_CREATE, &mut attr) }?)
 }
 
 /// What a program did with a packet.
