@@ -148,7 +148,13 @@ impl<K: Pod + Debug, V: Pod> Map<K, V> {
 
     /// The whole map.
     pub fn read(&self) -> Result<Vec<(K, V)>, Error> {
-        sysbpf::map_read(self.fd.as_fd()).map_err(|source| self.unreadable(source))
+        let mut all = Vec::new();
+        let batch = |keys: &[K], values: &[V]| {
+            all.extend(keys.iter().copied().zip(values.iter().copied()));
+            ControlFlow::Continue(())
+        };
+        sysbpf::map_scan(self.fd.as_fd(), batch).map_err(|source| self.unreadable(source))?;
+        Ok(all)
     }
 }
 

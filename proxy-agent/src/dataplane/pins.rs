@@ -12,6 +12,8 @@
 //!       links/connect4, …          cgroup links
 //! ```
 //!
+//! Another version's directory is there until its flows are carried over: see [`super::upgrade`].
+//!
 //! A restarted agent recognises all of its kernel state by these names.
 
 use std::path::{Path, PathBuf};
@@ -55,6 +57,7 @@ pub const LAYOUTS: [Layout; 14] = [
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pins {
     root: PathBuf,
+    version: u32,
 }
 
 /// Held by the one agent that works on a pin directory.
@@ -145,7 +148,25 @@ pub enum LinkPin {
 impl Pins {
     /// Under a root such as `/sys/fs/bpf/proxy-agent`.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+        Self { root: root.to_owned(), version: ABI_VERSION }
+    }
+
+    /// The directories of other versions under the same root, the newest first.
+    pub fn others(&self) -> Result<Vec<Self>, Error> {
+        let pin = |source| Error::Pin { path: self.root.clone(), source };
+        let mut versions = Vec::new();
+        for entry in fs::read_dir(&self.root).map_err(pin)? {
+            let name = entry.map_err(pin)?.file_name();
+            let version: Option<u32> = name.to_str().and_then(|name| name.strip_prefix('v')?.parse().ok());
+            versions.extend(version.filter(|version| *version != self.version));
+        }
+        versions.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(versions.into_iter().map(|version| Self { root: self.root.clone(), version }).collect())
+    }
+
+    /// Version of the layouts in this directory.
+    pub const fn version_number(&self) -> u32 {
+        self.version
     }
 
     /// `--pin-root`.
@@ -154,7 +175,7 @@ impl Pins {
     }
 
     fn version(&self) -> PathBuf {
-        self.root.join(format!("v{ABI_VERSION}"))
+        self.root.join(format!("v{}", self.version))
     }
 
     /// Directory of the maps.
@@ -265,7 +286,12 @@ impl Pins {
         let path = self.links();
         let pin = |source| Error::Pin { path: path.clone(), source };
         let mut links = Vec::new();
-        for entry in fs::read_dir(&path).map_err(pin)? {
+        let entries = match fs::read_dir(&path) {
+            // A directory that was being made or removed when its agent was killed.
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(links),
+            entries => entries.map_err(pin)?,
+        };
+        for entry in entries {
             let name = entry.map_err(pin)?.file_name().to_string_lossy().into_owned();
             links.push(match name.rsplit_once('_').and_then(|(p, i)| Some((p, i.parse().ok()?))) {
                 Some(("clsact", ifindex)) => LinkPin::Clsact(ifindex),
@@ -283,6 +309,15 @@ impl Pins {
         let removed =
             if matches!(pin, LinkPin::Clsact(_)) { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         match removed {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes this version's directory. Pins of links that are still in it detach.
+    pub fn remove_version(&self) -> Result<(), Error> {
+        let path = self.version();
+        match fs::remove_dir_all(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
             _ => Ok(()),
         }

@@ -107,7 +107,11 @@ pub use verdict::{CounterEntry, Hook, Reason};
 
 /// Version of every layout in this crate. It names the pin directory, so that two versions never share a map.
 /// Raise it with any change of a type here; `proxy-ebpf/abi/fingerprint` must change with it, which `cargo xtask tidy` checks.
+#[cfg(not(feature = "layout-next"))]
 pub const ABI_VERSION: u32 = 2;
+/// Of the imagined next version: not the number of any real one.
+#[cfg(feature = "layout-next")]
+pub const ABI_VERSION: u32 = 1000;
 
 abi! {
     /// A row of the map `layout`: a field of a key or value as this version lays it out, or a setting of the programs.
