@@ -46,6 +46,10 @@ struct Arguments {
     /// The first address that is given, of each family.
     #[arg(long, value_delimiter = ',', required = true)]
     range: Vec<IpAddr>,
+    /// Addresses of the host outside that its packets to the load balancer come from: outside of the nodes' network, or
+    /// Kubernetes' tests take a client's own address for a node's. The nodes need a way back to them.
+    #[arg(long, value_delimiter = ',')]
+    source: Vec<IpAddr>,
 }
 
 const FINALIZER: &str = "service.kubernetes.io/load-balancer-cleanup";
@@ -78,7 +82,7 @@ fn run(arguments: &Arguments) -> Result<std::convert::Infallible> {
     let client = KubeClient::new(&netns, &arguments.url, &read(&arguments.authority)?, &identity)?;
     let mut balancer = Balancer::default();
     loop {
-        if let Err(error) = balancer.round(&client, &netns, &arguments.range) {
+        if let Err(error) = balancer.round(&client, &netns, arguments) {
             eprintln!("{error:#}");
         }
         // A pause, no wait for anything: the world is looked at again.
@@ -87,7 +91,7 @@ fn run(arguments: &Arguments) -> Result<std::convert::Infallible> {
 }
 
 impl Balancer {
-    fn round(&mut self, client: &KubeClient, netns: &Netns, range: &[IpAddr]) -> Result<()> {
+    fn round(&mut self, client: &KubeClient, netns: &Netns, arguments: &Arguments) -> Result<()> {
         let nodes = nodes(&client.get("/api/v1/nodes")?);
         let services = client.get("/api/v1/services")?;
         let mut seen = BTreeSet::new();
@@ -105,7 +109,7 @@ impl Balancer {
                     let all: Vec<_> = finalizers.iter().copied().chain([FINALIZER]).collect();
                     client.patch(&path, &json!({ "metadata": { "finalizers": all } }))?;
                 }
-                let addresses = self.addresses(&key, service, range);
+                let addresses = self.addresses(&key, service, &arguments.range);
                 let ingress: Vec<_> = addresses.iter().map(|ip| json!({ "ip": ip, "ipMode": "VIP" })).collect();
                 if service["status"]["loadBalancer"]["ingress"] != Value::from(ingress.clone()) {
                     client.patch(
@@ -115,7 +119,7 @@ impl Balancer {
                 }
                 for ip in addresses {
                     seen.insert(ip);
-                    self.route(netns, ip, target(netns, &nodes, service, ip))?;
+                    self.route(netns, ip, target(netns, &nodes, service, ip), &arguments.source)?;
                 }
                 continue;
             }
@@ -129,7 +133,7 @@ impl Balancer {
             }
         }
         let stale: Vec<_> = self.routes.keys().copied().filter(|ip| !seen.contains(ip)).collect();
-        stale.into_iter().try_for_each(|ip| self.route(netns, ip, None))
+        stale.into_iter().try_for_each(|ip| self.route(netns, ip, None, &[]))
     }
 
     /// The addresses of a Service: one for each of its families, the same as long as it is there.
@@ -153,13 +157,17 @@ impl Balancer {
     }
 
     /// Sends what goes to an address by way of a node; `None`: nowhere.
-    fn route(&mut self, netns: &Netns, ip: IpAddr, node: Option<IpAddr>) -> Result<()> {
+    fn route(&mut self, netns: &Netns, ip: IpAddr, node: Option<IpAddr>, sources: &[IpAddr]) -> Result<()> {
         if self.routes.get(&ip).copied() == node {
             return Ok(());
         }
         let (ip_text, family) = (ip.to_string(), if ip.is_ipv4() { "-4" } else { "-6" });
         if let Some(node) = node {
-            netns.output("ip", &[family, "route", "replace", &ip_text, "via", &node.to_string()])?;
+            let source = sources.iter().find(|source| source.is_ipv4() == ip.is_ipv4()).map(ToString::to_string);
+            let node_text = node.to_string();
+            let mut words = vec![family, "route", "replace", &ip_text, "via", &node_text];
+            words.extend(source.iter().flat_map(|source| ["src", source.as_str()]));
+            netns.output("ip", &words)?;
             self.routes.insert(ip, node);
         } else {
             netns.output("ip", &[family, "route", "del", &ip_text])?;
