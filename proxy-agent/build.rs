@@ -121,6 +121,9 @@ fn main() -> Result<()> {
         .current_dir(&root)
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", flags);
+    if env::var_os("CARGO_FEATURE_LAYOUT_NEXT").is_some() {
+        command.args(["--features", "layout-next"]);
+    }
     let output = command.output().with_context(|| format!("{command:?}"))?;
     if !output.status.success() {
         bail!("{command:?}\n{}", String::from_utf8_lossy(&output.stderr));

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
 use proxy_abi::{Hook, Reason, map};
@@ -18,10 +19,11 @@ use crate::dataplane::pins::{Maps, Pins};
 use crate::dataplane::sweep::{monotonic, sweep};
 use crate::dataplane::{self, Bpf};
 use crate::k8s::{self, SourceConfig};
-use crate::kubeproxy::Settings;
 use crate::kubeproxy::reload::Reload;
+use crate::kubeproxy::{Settings, sysctl};
 use crate::node::binding::Previous;
 use crate::node::classify::NamePattern;
+use crate::node::conntrack;
 use crate::node::{self, Inputs};
 use crate::serve::listen::{self, Own};
 use crate::serve::metrics::{Packets, Round, Sweep, Usage};
@@ -39,6 +41,8 @@ pub struct Config {
     pub dataplane: dataplane::Config,
     /// Names of pod bridges; empty for all.
     pub pod_bridges: Vec<NamePattern>,
+    /// Where the kernel's settings of conntrack are; `None` leaves them.
+    pub conntrack_settings: Option<PathBuf>,
     /// What kube-proxy's configuration decides.
     pub settings: Settings,
     /// The file that it came from.
@@ -62,7 +66,10 @@ const METRICS_SERVER: Own =
 pub async fn run(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let Config { source, node_name, dataplane, pod_bridges, settings, reload } = config;
+    let Config { source, node_name, dataplane, pod_bridges, conntrack_settings, settings, reload } = config;
+    if let Some(directory) = &conntrack_settings {
+        sysctl::apply(directory, &sysctl::wanted(&settings));
+    }
     adjust_oom_score(settings.oom_score_adj);
     let bpf = Bpf::open(&dataplane)?;
     tracing::info!(
@@ -73,6 +80,7 @@ pub async fn run(config: Config) -> Result<()> {
         source = %source,
         "programs are loaded"
     );
+    take_over(&bpf);
     let metrics = Arc::new(Metrics::default());
     let maps = Pins::new(&dataplane.pin_root).open()?;
     metrics.read_packets(Box::new(move || packets(&maps)));
@@ -123,6 +131,26 @@ pub async fn run(config: Config) -> Result<()> {
     }
     recorder.abort_all();
     Ok(())
+}
+
+/// Leaves the connections of another proxy to it, which translates them by the kernel's connection tracking. Before any
+/// interface gets a program. Without it they end; that is no reason not to start.
+fn take_over(bpf: &Bpf) {
+    let connections = match conntrack::translated() {
+        Ok(connections) => connections,
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "connections of another proxy cannot be listed; those through Services may end");
+            return;
+        }
+    };
+    match dataplane::adopt(bpf.maps(), &connections, monotonic()) {
+        Ok(0) => {}
+        Ok(adopted) => {
+            tracing::info!(adopted, "connections that the kernel's connection tracking translates stay there");
+        }
+        Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "connections of another proxy may end"),
+    }
 }
 
 /// Whom the kernel should kill last. Without the right to say so, it stays as it was.
@@ -225,7 +253,7 @@ impl World {
             _ => return,
         }
         let served = &settings.policy.node_port_addresses;
-        let is = Addresses::of(served, &self.node.borrow(), self.devices.values());
+        let is = Addresses::of(served, &self.node.borrow(), &self.devices.values().collect::<Vec<_>>());
         self.addresses.send_if_modified(|was| {
             let changed = *was != is;
             *was = is;
@@ -317,7 +345,8 @@ async fn reconcile(
     mut world: World,
     settings: &Settings,
 ) -> Result<()> {
-    let mut reconciler = Reconciler::new(reconcile::Settings::default());
+    let policy = settings.policy.clone();
+    let mut reconciler = Reconciler::new(reconcile::Settings { policy, ..reconcile::Settings::default() });
     let start = Instant::now();
     let now = || u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
     let mut retry_at = None;
@@ -366,6 +395,12 @@ async fn reconcile(
         for (op, error) in report.failed.iter().filter(|(_, e)| !e.is_interface_gone()) {
             tracing::error!(?op, error = error as &dyn std::error::Error, "map operation failed; tried again");
         }
+        if report.facts_changed {
+            world.publish(&reconciler.facts());
+        }
+        for triggered in &report.programmed {
+            world.metrics.programmed(since(*triggered));
+        }
         if report.diagnostics_changed {
             world.findings(&reconciler, &mut said);
         }
@@ -382,4 +417,10 @@ async fn reconcile(
             tracing::debug!(applied = report.applied, pending = report.pending, "synced");
         }
     }
+}
+
+/// How long ago a time of the API server was, in milliseconds since 1970. 0 when its clock is ahead of ours.
+fn since(triggered: u64) -> Duration {
+    let then = SystemTime::UNIX_EPOCH + Duration::from_millis(triggered);
+    SystemTime::now().duration_since(then).unwrap_or_default()
 }

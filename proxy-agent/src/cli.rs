@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use proxy_abi::capacity;
 use tracing_subscriber::EnvFilter;
 
-use crate::dataplane::{self, AttachMode};
+use crate::dataplane::{self, AttachMode, sizing};
 use crate::k8s::SourceConfig;
 use crate::kubeproxy::cleanup::Cleanup;
 use crate::kubeproxy::config::ConfigFile;
@@ -17,6 +17,7 @@ use crate::kubeproxy::reload::Reload;
 use crate::kubeproxy::value::{ExternalIps, LogFormat};
 use crate::kubeproxy::{Flags, Settings};
 use crate::node::classify::NamePattern;
+use crate::view::flow::{self, FlowFilter};
 use crate::view::{self, Format};
 use crate::{app, check};
 
@@ -41,7 +42,7 @@ enum Command {
     /// Backends.
     Backend(ListArgs),
     /// Flows.
-    Flow(ListArgs),
+    Flow(FlowArgs),
     /// Pod interfaces.
     Device(ListArgs),
     /// Detach everything and remove every pin. Connections through Services end. With --kube-proxy: remove what
@@ -78,6 +79,37 @@ enum ListVerb {
 }
 
 #[derive(Debug, Args)]
+struct FlowArgs {
+    #[command(subcommand)]
+    verb: FlowVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum FlowVerb {
+    /// Show flows, from the pinned maps: works while the agent is down.
+    List {
+        #[command(flatten)]
+        view: ViewArgs,
+        #[command(flatten)]
+        filter: FlowFilter,
+        /// At most so many: the first that are found.
+        #[arg(long)]
+        limit: Option<usize>,
+    },
+    /// Forget flows, and say how many. UDP chooses a backend anew with its next packet; a TCP connection through a
+    /// Service ends.
+    Flush {
+        #[command(flatten)]
+        view: ViewArgs,
+        #[command(flatten)]
+        filter: FlowFilter,
+        /// Every flow, where nothing else chooses.
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Args)]
 struct CheckArgs {
     /// Where maps and links would be pinned.
     #[command(flatten)]
@@ -88,6 +120,7 @@ struct CheckArgs {
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 struct CleanupArgs {
     #[command(flatten)]
     pins: PinArgs,
@@ -95,6 +128,10 @@ struct CleanupArgs {
     /// Nothing else is touched. Only when the agent serves and kube-proxy does not run.
     #[arg(long)]
     kube_proxy: bool,
+    /// Take no new flows, and keep those that are there: stop the agent, run this, start kube-proxy; then, when the
+    /// connections have ended, `cleanup` without it.
+    #[arg(long, conflicts_with = "kube_proxy")]
+    keep_flows: bool,
     /// Only tell what would be removed.
     #[arg(long, requires = "kube_proxy")]
     dry_run: bool,
@@ -153,6 +190,10 @@ struct RunArgs {
     /// Name of this node's Node object, unless --hostname-override or the file gives one; the host name if not given.
     #[arg(long, env = "NODE_NAME")]
     node_name: Option<String>,
+    /// Directory of the kernel's `nf_conntrack_*` settings, to be set as kube-proxy sets them (`/proc/sys/net/netfilter`, or
+    /// where it is mounted in a container). Without it they stay as they are.
+    #[arg(long, env = "PROXY_AGENT_CONNTRACK_SETTINGS")]
+    conntrack_settings: Option<PathBuf>,
     /// How programs are attached to interfaces.
     #[arg(long, value_enum, default_value_t = AttachMode::Auto)]
     attach: AttachMode,
@@ -167,12 +208,14 @@ struct RunArgs {
     #[arg(long, value_name = "all|none|CIDR[,CIDR]")]
     external_ips: Option<ExternalIps>,
     /// Entries for established TCP flows; two for each that is translated. Applies when the map is first made. Twice
-    /// what --conntrack-max-per-core and --conntrack-min ask for, if either is given [default: 262144]
+    /// what --conntrack-max-per-core and --conntrack-min ask for, if either is given; otherwise one for each 32 KiB of
+    /// the node's memory (8 GiB: 262144), of which they take less than 1 % when full.
     #[arg(long, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
     flow_live_entries: Option<u32>,
-    /// Entries for handshakes, closing TCP and UDP. Applies when the map is first made.
-    #[arg(long, default_value_t = capacity::FLOW_BRIEF, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
-    flow_brief_entries: u32,
+    /// Entries for handshakes, closing TCP and UDP. Applies when the map is first made. By default one for each 128 KiB
+    /// of the node's memory (8 GiB: 65536).
+    #[arg(long, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
+    flow_brief_entries: Option<u32>,
     /// Established flows through Services that one pod may have begun; further connections of it are refused. 0 for any
     /// number. By default as many as fill half of the entries.
     #[arg(long)]
@@ -195,10 +238,21 @@ impl Cli {
             Command::Status(args) => show(&args, view::status),
             Command::Service(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::services),
             Command::Backend(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::backends),
-            Command::Flow(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::flows),
+            Command::Flow(FlowArgs { verb: FlowVerb::List { view, filter, limit } }) => {
+                flow::list(&view.pins.pin_root, view.output, &filter, limit).map(|()| ExitCode::SUCCESS)
+            }
+            Command::Flow(FlowArgs { verb: FlowVerb::Flush { view, filter, all } }) => {
+                flow::flush(&view.pins.pin_root, view.output, &filter, all).map(|()| ExitCode::SUCCESS)
+            }
             Command::Device(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::devices),
-            Command::Cleanup(CleanupArgs { kube_proxy: true, dry_run, force, healthz, pins: _ }) => {
+            Command::Cleanup(CleanupArgs { kube_proxy: true, dry_run, force, healthz, pins: _, keep_flows: _ }) => {
                 view::lines(&Cleanup { healthz, force, dry_run }.run()?, "nothing of kube-proxy is here");
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Cleanup(args) if args.keep_flows => {
+                let (mut removed, left) = dataplane::retire(&args.pins.pin_root)?;
+                removed.push(format!("established connections that go on: {left}"));
+                view::lines(&removed, "nothing of proxy-agent is here");
                 Ok(ExitCode::SUCCESS)
             }
             Command::Cleanup(args) => {
@@ -221,6 +275,7 @@ fn run(args: RunArgs) -> Result<()> {
         apiserver,
         node_name,
         attach,
+        conntrack_settings,
         cgroup,
         pod_bridge,
         external_ips,
@@ -243,8 +298,12 @@ fn run(args: RunArgs) -> Result<()> {
     // A folder needs no server: what the file says of one does not matter then, what a flag says is a mistake.
     let kubeconfig = if source == "kube" { settings.kubeconfig.clone() } else { flags.kubeconfig.clone() };
     let apiserver = flags.master.as_deref().or(apiserver.as_deref());
-    let flows = settings.flows.map(|flows| flows.saturating_mul(2).clamp(256, 16_777_216));
-    let flow_live = flow_live_entries.or(flows).unwrap_or(capacity::FLOW_LIVE);
+    let flows = settings.flows.map(|flows| flows.saturating_mul(2).clamp(sizing::FEWEST, sizing::MOST));
+    let sized = sizing::memory().map_or(
+        sizing::Entries { live: capacity::FLOW_LIVE, brief: capacity::FLOW_BRIEF },
+        sizing::Entries::for_memory,
+    );
+    let flow_live = flow_live_entries.or(flows).unwrap_or(sized.live);
     let config = app::Config {
         source: SourceConfig::from_flags(&source, kubeconfig, apiserver)?,
         node_name,
@@ -253,11 +312,12 @@ fn run(args: RunArgs) -> Result<()> {
             attach,
             cgroup: cgroup.resolve()?,
             flow_live,
-            flow_brief: flow_brief_entries,
+            flow_brief: flow_brief_entries.unwrap_or(sized.brief),
             // A flow through a Service has two entries.
             pod_quota: pod_flow_quota.unwrap_or(flow_live / 4),
         },
         pod_bridges: pod_bridge,
+        conntrack_settings,
         reload: file.map(|file| Reload::new(file, flags, external_ips, settings.clone())),
         settings,
     };

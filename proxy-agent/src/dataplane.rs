@@ -9,19 +9,26 @@ use std::path::{Path, PathBuf};
 
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use proxy_abi::{BackendEntry, DeviceEntry, Proto, map as map_name};
+use proxy_abi::flow::state;
+use proxy_abi::{BackendEntry, DeviceEntry, FlowEntry, FlowKey, PortBe, Proto, Tuple, map as map_name};
 use proxy_core::dataplane::Dataplane;
 use proxy_core::tables::{Op, Tables};
 
 pub mod attach;
+pub mod describe;
 pub mod map;
 pub mod pins;
+pub mod sizing;
 pub mod sweep;
 pub mod sysbpf;
+pub mod upgrade;
 
 use attach::Way;
+use describe::Description;
 use map::Layout;
 use pins::{LinkPin, Maps, Pins};
+
+use crate::node::conntrack::Translated;
 
 /// The eBPF object, as `build.rs` made it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dataplane.o"));
@@ -189,6 +196,12 @@ impl Bpf {
         let lock = pins.lock()?;
         pins.check()?;
         let way = Way::choose(config.attach)?;
+        let mut upgrades = upgrade::find(&pins)?;
+        let config = &Config {
+            flow_live: room(&upgrades, map_name::FLOW_LIVE, config.flow_live),
+            flow_brief: room(&upgrades, map_name::FLOW_BRIEF, config.flow_brief),
+            ..config.clone()
+        };
         let mut ebpf = match load(&pins, config, true) {
             // Without `bpf_set_retval` (Linux 5.18) the socket programs refuse in another way.
             Err(Error::Program { program, .. }) if attach::CGROUP_PROGRAMS.iter().any(|(name, _)| *name == program) => {
@@ -196,10 +209,15 @@ impl Bpf {
             }
             loaded => loaded?,
         };
+        Description::own(&[(describe::POD_QUOTA, config.pod_quota)]).write(&pins.maps())?;
+        for upgrade in &mut upgrades {
+            upgrade.carry(&ebpf, &pins)?;
+        }
         if let Some(cgroup) = &config.cgroup {
             attach::attach_cgroup(&ebpf, &pins, cgroup)?;
         }
         let maps = pins.open()?;
+        maps.tell_sizes(config);
         // Interfaces that have gone while nobody watched: `load` will not name them, so the plan removes their rest.
         let rows: BTreeMap<u32, DeviceEntry> = maps.device.read()?.into_iter().collect();
         for ifindex in attached(&pins)? {
@@ -213,6 +231,7 @@ impl Bpf {
                 Err(e) => return Err(e),
             }
         }
+        upgrades.into_iter().try_for_each(upgrade::Upgrade::finish)?;
         // A row without programs does nothing: it is of an interface that has gone, or that was not finished.
         let attached = attached(&pins)?;
         let unfinished =
@@ -280,6 +299,11 @@ pub fn has_foreign_tcx(ifindex: u32, own: &BTreeSet<u32>) -> bool {
     })
 }
 
+/// Entries of a flow table that has to hold another version's as well.
+fn room(upgrades: &[upgrade::Upgrade], name: &str, asked: u32) -> u32 {
+    upgrades.iter().filter_map(|upgrade| upgrade.capacity(name)).fold(asked, u32::max)
+}
+
 /// Interfaces with programs of ours, by the pins.
 fn attached(pins: &Pins) -> Result<BTreeSet<u32>, Error> {
     Ok(pins
@@ -326,7 +350,7 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
 }
 
 /// The row of an array map that says "nothing here".
-const NO_BACKEND: BackendEntry = BackendEntry {
+pub(crate) const NO_BACKEND: BackendEntry = BackendEntry {
     ip: proxy_abi::IpBytes::UNSPECIFIED,
     service: 0,
     generation: 0,
@@ -337,6 +361,27 @@ const NO_BACKEND: BackendEntry = BackendEntry {
 };
 
 impl Maps {
+    /// Logs how large the flow tables are, and where that is not what was asked for.
+    fn tell_sizes(&self, config: &Config) {
+        for (flows, asked, flag) in [
+            (&self.flow_live, config.flow_live, "--flow-live-entries"),
+            (&self.flow_brief, config.flow_brief, "--flow-brief-entries"),
+        ] {
+            let (map, entries) = (flows.layout().name, flows.capacity());
+            let bytes_when_full = sizing::bytes_when_full(flows.layout(), entries);
+            tracing::info!(map, entries, bytes_when_full, "flow table");
+            if entries != asked {
+                tracing::warn!(
+                    map,
+                    entries,
+                    asked,
+                    "the pinned flow table keeps its size; to change it, stop the agent, run `proxy-agent cleanup` (connections \
+                     through Services end) and start the agent, with {flag} if need be"
+                );
+            }
+        }
+    }
+
     /// Reads back what the agent owns. Rows of array maps that are zero are not named.
     pub fn tables(&self) -> Result<Tables, Error> {
         Ok(Tables {
@@ -406,20 +451,75 @@ impl Dataplane for Bpf {
     }
 }
 
+/// Leaves TCP connections to what translates them now: each gets an entry as a direct flow, so that its segments pass
+/// untouched. Without one a segment to a Service in the middle of an unknown connection drops. Returns how many were new.
+pub fn adopt(maps: &Maps, connections: &[Translated], now: u64) -> Result<usize, Error> {
+    let mut adopted = 0;
+    for connection in connections {
+        let (src, dst) = (connection.from, connection.to);
+        let tuple = Tuple {
+            src: src.ip().into(),
+            dst: dst.ip().into(),
+            src_port: PortBe::new(src.port()),
+            dst_port: PortBe::new(dst.port()),
+        };
+        let key = tuple.key(Proto::TCP, tuple.dst.family(), FlowKey::SIDE_COMMON);
+        if maps.flow_live.get(&key)?.is_some() || maps.flow_brief.get(&key)?.is_some() {
+            continue;
+        }
+        let entry = FlowEntry {
+            original: tuple,
+            translated: tuple,
+            last_seen: now,
+            flags: FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED,
+            state: state::ESTABLISHED,
+            ..FlowEntry::NONE
+        };
+        maps.flow_live.set(&key, &entry)?;
+        adopted += 1;
+    }
+    Ok(adopted)
+}
+
+/// Takes no new flows any more, and keeps those that are there: for another proxy to take over. Returns what was removed,
+/// and how many established flows are left; when they have ended, [`cleanup`] removes the rest.
+pub fn retire(pin_root: &Path) -> Result<(Vec<String>, usize), Error> {
+    let pins = Pins::new(pin_root);
+    let _lock = pins.lock()?;
+    let maps = pins.open()?;
+    let mut removed = Vec::new();
+    for pin in pins.list_links()?.into_iter().filter(|pin| matches!(pin, LinkPin::Cgroup(_))) {
+        pins.remove_link(&pin)?;
+        removed.push(format!("link {}", pins.link(&pin).display()));
+    }
+    let frontends = maps.frontend.read()?;
+    for (key, _) in &frontends {
+        maps.frontend.delete(key)?;
+    }
+    for (key, _) in maps.prefix.read()? {
+        maps.prefix.delete(&key)?;
+    }
+    removed.push(format!("{} frontends", frontends.len()));
+    let flows = maps.flow_live.read()?;
+    let left = flows.iter().filter(|(_, entry)| entry.flags & FlowEntry::KEY_ORIGINAL != 0 && entry.is_translated());
+    Ok((removed, left.count()))
+}
+
 /// Detaches everything and removes every pin: nothing of us stays in the kernel. Returns what was removed.
 pub fn cleanup(pin_root: &Path) -> Result<Vec<String>, Error> {
     let pins = Pins::new(pin_root);
     let mut removed = Vec::new();
-    if pins.links().exists() {
-        for pin in pins.list_links()? {
-            match &pin {
-                LinkPin::Tcx(_, ifindex) | LinkPin::Clsact(ifindex) => attach::detach(&pins, *ifindex)?,
-                LinkPin::Cgroup(_) => pins.remove_link(&pin)?,
-            }
-            removed.push(format!("link {}", pins.link(&pin).display()));
-        }
-    }
     if pin_root.exists() {
+        // Another version's are there when an agent was killed while it took them over.
+        for pins in std::iter::once(pins.clone()).chain(pins.others()?) {
+            for pin in pins.list_links()? {
+                match &pin {
+                    LinkPin::Tcx(_, ifindex) | LinkPin::Clsact(ifindex) => attach::detach(&pins, *ifindex)?,
+                    LinkPin::Cgroup(_) => pins.remove_link(&pin)?,
+                }
+                removed.push(format!("link {}", pins.link(&pin).display()));
+            }
+        }
         for layout in pins::LAYOUTS {
             let path = pins.maps().join(layout.name);
             if path.exists() {

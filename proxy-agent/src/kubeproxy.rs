@@ -13,6 +13,7 @@ pub mod flags;
 pub mod leavings;
 pub mod reload;
 pub mod settings;
+pub mod sysctl;
 pub mod value;
 
 pub use config::KubeProxyConfiguration;

@@ -22,6 +22,7 @@
 pub mod binding;
 pub mod check;
 pub mod classify;
+pub mod conntrack;
 pub mod netlink;
 pub mod path;
 mod report;

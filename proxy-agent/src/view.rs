@@ -8,13 +8,15 @@ use anyhow::Result;
 use clap::ValueEnum;
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, ContentArrangement, Table};
-use proxy_abi::flow::state;
-use proxy_abi::{FlowEntry, FlowKey, Hook, Reason};
 use serde_json::{Map as Object, Value, json};
 
 use crate::dataplane::pins::{Maps, Pins};
-use crate::dataplane::sweep::monotonic;
 use crate::node::check::{Finding, Level};
+
+pub mod flow;
+mod status;
+
+pub use status::status;
 
 /// How to show something.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -149,49 +151,6 @@ pub fn backends(pin_root: &Path, format: Format) -> Result<()> {
     print(format, &["id", "service", "address", "protocol", "generation", "local", "selected"], rows.collect())
 }
 
-/// Flows, once each.
-pub fn flows(pin_root: &Path, format: Format) -> Result<()> {
-    let maps = open(pin_root)?;
-    let names = names(&maps)?;
-    let now = monotonic();
-    let mut all: BTreeMap<FlowKey, (FlowEntry, &str)> = BTreeMap::new();
-    for (map, table) in [(&maps.flow_brief, "brief"), (&maps.flow_live, "live")] {
-        // What was promoted left its rows in the first table behind: the second one is right.
-        all.extend(map.read()?.into_iter().map(|(key, entry)| (key, (entry, table))));
-    }
-    let rows =
-        all.iter().filter(|(_, (entry, _))| entry.flags & FlowEntry::KEY_ORIGINAL != 0).map(|(key, (entry, table))| {
-            let (from, to) = (&entry.original, &entry.translated);
-            let path = if entry.flags & FlowEntry::REDIRECT != 0 {
-                "redirect"
-            } else if entry.flags & FlowEntry::SWITCH != 0 {
-                "switch"
-            } else {
-                "stack"
-            };
-            let idle = now.saturating_sub(entry.last_seen) / 1_000_000_000;
-            vec![
-                json!(key.proto.to_string()),
-                json!(endpoint(from.src, from.src_port.get())),
-                json!(endpoint(from.dst, from.dst_port.get())),
-                if entry.is_translated() { json!(endpoint(to.dst, to.dst_port.get())) } else { Value::Null },
-                if to.src == from.src && to.src_port == from.src_port {
-                    Value::Null
-                } else {
-                    json!(endpoint(to.src, to.src_port.get()))
-                },
-                name(&names, entry.service),
-                json!(path),
-                json!(state::name(entry.state)),
-                json!(idle),
-                json!(table),
-            ]
-        });
-    let columns =
-        ["protocol", "source", "destination", "backend", "seen as", "service", "path", "state", "idle", "table"];
-    print(format, &columns, rows.collect())
-}
-
 /// Pod interfaces.
 pub fn devices(pin_root: &Path, format: Format) -> Result<()> {
     let maps = open(pin_root)?;
@@ -218,71 +177,6 @@ pub fn devices(pin_root: &Path, format: Format) -> Result<()> {
         ]
     });
     print(format, &["ifindex", "name", "ipv4", "ipv6", "pod mac", "bridge", "path"], rows.collect())
-}
-
-/// What is pinned, how full the maps are, what became of the packets.
-pub fn status(pin_root: &Path, format: Format) -> Result<()> {
-    let pins = Pins::new(pin_root);
-    let maps = pins.open()?;
-    let tables = maps.tables()?;
-    let running = pins.lock().is_err();
-    let links = pins.list_links()?.len();
-    let flows = (maps.flow_live.read()?.len(), maps.flow_brief.read()?.len());
-    let usage = [
-        ("service", tables.services.len(), maps.service.capacity()),
-        ("frontend", tables.frontends.len(), maps.frontend.capacity()),
-        ("backend", tables.backends.len(), maps.backend.capacity()),
-        ("backend_slot", tables.slots.len(), maps.slot.capacity()),
-        ("device", tables.devices.len(), maps.device.capacity()),
-        ("local_pod", tables.local_pods.len(), maps.local_pod.capacity()),
-        ("flow_live", flows.0, maps.flow_live.capacity()),
-        ("flow_brief", flows.1, maps.flow_brief.capacity()),
-    ];
-    let mut counters = Vec::new();
-    for hook in Hook::ALL {
-        for reason in Reason::ALL {
-            let values = maps.counter.get_per_cpu(&reason.index(*hook))?;
-            let packets: u64 = values.iter().map(|v| v.packets).sum();
-            let bytes: u64 = values.iter().map(|v| v.bytes).sum();
-            if packets > 0 {
-                counters.push((hook, reason, packets, bytes));
-            }
-        }
-    }
-    if format == Format::Json {
-        let usage: Vec<Value> =
-            usage.iter().map(|(map, used, room)| json!({ "map": map, "used": used, "capacity": room })).collect();
-        let counters: Vec<Value> = counters
-            .iter()
-            .map(|(hook, reason, packets, bytes)| {
-                json!({ "hook": hook.name(), "reason": reason.name(), "drop": reason.is_drop(), "packets": packets, "bytes": bytes })
-            })
-            .collect();
-        let status = json!({
-            "version": VERSION,
-            "agent": if running { "running" } else { "down" },
-            "pins": pins.root().display().to_string(),
-            "links": links,
-            "maps": usage,
-            "counters": counters,
-        });
-        return write(&serde_json::to_string_pretty(&status)?);
-    }
-    write(&format!(
-        "agent   {}\npins    {}\nlinks   {links}\n",
-        if running { "running" } else { "down; the kernel goes on with what it has" },
-        pins.root().display()
-    ))?;
-    let rows = usage.iter().map(|(map, used, room)| vec![json!(map), json!(used), json!(room)]).collect();
-    print(Format::Table, &["map", "used", "capacity"], rows)?;
-    write("")?;
-    let rows = counters
-        .iter()
-        .map(|(hook, reason, packets, bytes)| {
-            vec![json!(hook.name()), json!(reason.name()), json!(packets), json!(bytes), json!(reason.text())]
-        })
-        .collect();
-    print(Format::Table, &["hook", "reason", "packets", "bytes", "meaning"], rows)
 }
 
 /// Findings of `check`.

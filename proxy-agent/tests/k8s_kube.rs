@@ -453,13 +453,16 @@ async fn a_version_the_server_never_reached_is_given_up() {
 async fn one_object_that_cannot_be_read_keeps_its_last_version() {
     let mut broken = service("a", "6");
     broken["spec"]["ports"] = "http".into();
-    let mut local = service("b", "7");
-    local["spec"]["internalTrafficPolicy"] = "Local".into();
+    let mut portless = service("b", "7");
+    portless["spec"]["ports"] = json!([]);
     let script = vec![
         list("5", "", &["a", "b"]),
-        Answer::Watch(vec![event("MODIFIED", &broken), event("MODIFIED", &local)], End::Clean),
+        Answer::Watch(vec![event("MODIFIED", &broken), event("MODIFIED", &portless)], End::Clean),
         status(410, "Expired"),
-        Answer::Json(200, json!({"metadata": {"resourceVersion": "8"}, "items": [broken, local, service("c", "8")]})),
+        Answer::Json(
+            200,
+            json!({"metadata": {"resourceVersion": "8"}, "items": [broken, portless, service("c", "8")]}),
+        ),
         Answer::Watch(vec![typed("MODIFIED", "a", "9"), typed("DELETED", "b", "10")], End::Clean),
         end(),
     ];
@@ -469,7 +472,7 @@ async fn one_object_that_cannot_be_read_keeps_its_last_version() {
         "listed [\"a\", \"b\"]",
         "findings Service default/a [\"\"]",
         "gone b",
-        "findings Service default/b [\"spec.internalTrafficPolicy\"]",
+        "findings Service default/b [\"spec.ports\"]",
         "service c",
         "listed [\"a\", \"c\"]",
         "service a",

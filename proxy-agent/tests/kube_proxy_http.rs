@@ -285,7 +285,7 @@ fn addresses_on_which_health_checks_listen() {
         (vec![NodePortAddresses::Primary, NodePortAddresses::All], Addresses::All),
     ];
     for (served, want) in rows {
-        assert_eq!(Addresses::of(&served, &node, devices.iter()), want, "{served:?}");
+        assert_eq!(Addresses::of(&served, &node, &devices.each_ref()), want, "{served:?}");
     }
 }
 

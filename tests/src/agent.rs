@@ -193,6 +193,11 @@ impl Agent {
         &mut self.options
     }
 
+    /// Another binary from the next start on: an upgrade.
+    pub fn set_binary(&mut self, binary: PathBuf) {
+        self.binary = binary;
+    }
+
     /// Exit status, when it ended by itself.
     fn exited(&mut self) -> Result<Option<ExitStatus>> {
         let Some(child) = &mut self.child else { return Ok(None) };

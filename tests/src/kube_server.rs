@@ -30,8 +30,9 @@ use crate::error::{Context as _, Error, Result};
 use crate::lease::remove_tree;
 use crate::netns::Netns;
 use audit::Request;
-use client::KubeClient;
-use pki::{Authority, Identity};
+pub use client::KubeClient;
+use pki::Authority;
+pub use pki::Identity;
 use program::Program;
 
 /// The variable that names a directory with kube-apiserver and etcd (the convention of controller-runtime's envtest).

@@ -73,6 +73,16 @@ impl Netns {
         Ok(netns)
     }
 
+    /// A namespace that somebody else made and will remove.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn existing(name: &str) -> Result<Self> {
+        let path = Path::new(DIR).join(name);
+        File::open(&path).context(|| format!("open {}", path.display()))?;
+        Ok(Self { named: Arc::new(Named { name: name.to_owned(), path, removed: AtomicBool::new(true) }) })
+    }
+
     /// Name, as `ip netns list` shows it.
     pub fn name(&self) -> &str {
         &self.named.name

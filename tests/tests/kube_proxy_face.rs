@@ -17,6 +17,7 @@ COMMIT
 :CNI-HOSTPORT - [0:0]
 :KUBE-MARK-MASQ - [0:0]
 -A PREROUTING -m addrtype --dst-type LOCAL -j CNI-HOSTPORT
+-A OUTPUT -p udp -j RETURN
 -A POSTROUTING -m comment --comment \"not -j KUBE-POSTROUTING\" -j RETURN
 -A CNI-HOSTPORT -p tcp -m tcp --dport 8080 -j RETURN
 -A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
@@ -26,6 +27,7 @@ COMMIT
 -A INPUT -j KUBE-FIREWALL
 -A INPUT -p tcp -m tcp --dport 22 -j ACCEPT
 -A FORWARD -m conntrack --ctstate INVALID -j DROP
+-A OUTPUT -p udp -j ACCEPT
 COMMIT
 ";
 

@@ -408,7 +408,7 @@ fn fragments() -> Result<()> {
             });
             let direct = parts((&OUTSIDE, 1), (&POD_ONE, 2), 3);
             let direct =
-                [drops(Hook::ToPod, POD_ONE, direct[1].clone(), Reason::FragmentBeforeFirst)].into_iter().chain([
+                [passes(Hook::ToPod, POD_ONE, direct[1].clone(), Reason::FragmentUnknown)].into_iter().chain([
                     passes(Hook::ToPod, POD_ONE, direct[0].clone(), Reason::DirectNew),
                     passes(Hook::ToPod, POD_ONE, direct[2].clone(), Reason::Direct),
                 ]);

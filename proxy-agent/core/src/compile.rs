@@ -298,8 +298,9 @@ impl Compiler {
     }
 
     fn claim(&mut self, key: proxy_abi::FrontendKey, name: &ServicePortName, cluster: bool, tables: &mut TableDeltas) {
-        self.claims.hold(key, name.clone(), cluster);
-        self.mark(key.ip, tables);
+        if self.claims.hold(key, name.clone(), cluster) {
+            self.mark(key.ip, tables);
+        }
     }
 }
 

@@ -283,15 +283,14 @@ impl TableDeltas {
         let waiting: BTreeSet<u32> =
             self.prefixes.pending().filter(|(_, value)| value.is_some()).map(|(key, _)| key.scope).collect();
         let complete = |key: &FrontendKey, entry: &FrontendEntry| {
+            if is_outside(key) != outside {
+                return false;
+            }
             let named = entry.service == 0 || self.services.present(&entry.service);
             let slots = SlotRange { first: entry.first, count: entry.count }.slots();
             let ranges = entry.flags & FrontendEntry::SOURCE_RANGES == 0 || !waiting.contains(&entry.service);
             let split = entry.flags & FrontendEntry::EXTERNAL_SPLIT == 0 || self.frontends.present(&twin(key));
-            is_outside(key) == outside
-                && named
-                && ranges
-                && split
-                && slots.into_iter().all(|slot| self.slot_is_complete(slot))
+            named && ranges && split && slots.into_iter().all(|slot| self.slot_is_complete(slot))
         };
         let mut ops = set(&self.frontends, complete, Op::SetFrontend);
         ops.sort_by_key(is_mark);

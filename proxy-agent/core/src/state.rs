@@ -41,6 +41,7 @@ pub struct ClusterState {
 
 /// What an event changed: the objects whose meaning may now be another. Empty when the event said nothing new.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each says that one kind of thing changed; any may be together")]
 pub struct Changed {
     /// Services, by their own change or that of a slice, an address or the node.
     pub services: BTreeSet<ObjectName>,
@@ -466,8 +467,9 @@ impl ClusterState {
                 }
             }
             // A listing of another kind says nothing about this source: it stays unlisted, and nothing goes.
-            (Source::Services | Source::EndpointSlices, _)
-            | (Source::Links | Source::Node | Source::ServiceCidrs, _) => return,
+            (Source::Services | Source::EndpointSlices | Source::Links | Source::Node | Source::ServiceCidrs, _) => {
+                return;
+            }
         }
         changed.listed |= self.listed.insert(source);
     }

@@ -3,7 +3,8 @@
 use std::fmt::Debug;
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::Pod;
@@ -45,6 +46,7 @@ impl Layout {
 pub struct Map<K, V> {
     fd: OwnedFd,
     path: PathBuf,
+    layout: Layout,
     capacity: u32,
     types: PhantomData<fn() -> (K, V)>,
 }
@@ -60,11 +62,16 @@ impl<K: Pod + Debug, V: Pod> Map<K, V> {
         if types != layout {
             return Err(Error::Layout { path, expected: layout, found: types });
         }
-        Ok(Self { fd, path, capacity: info.max_entries(), types: PhantomData })
+        Ok(Self { fd, path, layout, capacity: info.max_entries(), types: PhantomData })
     }
 
     fn error(&self, operation: &'static str, key: &K, source: io::Error) -> Error {
         Error::Map { path: self.path.clone(), operation, key: format!("{key:?}"), source }
+    }
+
+    /// What it is.
+    pub const fn layout(&self) -> &Layout {
+        &self.layout
     }
 
     /// Entries that fit.
@@ -112,14 +119,42 @@ impl<K: Pod + Debug, V: Pod> Map<K, V> {
         results
     }
 
+    /// Hands every entry to `each`, batch by batch, until that has enough. The map is never in memory as a whole.
+    pub fn scan(&self, mut each: impl FnMut(&K, &V) -> ControlFlow<()>) -> Result<(), Error> {
+        let batch = |keys: &[K], values: &[V]| keys.iter().zip(values).try_for_each(|(key, value)| each(key, value));
+        sysbpf::map_scan(self.fd.as_fd(), batch).map_err(|source| self.unreadable(source))
+    }
+
+    /// How many entries `wanted` says yes to.
+    pub fn count(&self, mut wanted: impl FnMut(&K, &V) -> bool) -> Result<usize, Error> {
+        let mut count = 0;
+        self.scan(|key, value| {
+            count += usize::from(wanted(key, value));
+            ControlFlow::Continue(())
+        })?;
+        Ok(count)
+    }
+
+    /// Bytes that the kernel holds for it now (Linux 6.4; before that, what it would hold when full), by its own account
+    /// in `fdinfo`.
+    pub fn memory(&self) -> Option<u64> {
+        let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.fd.as_raw_fd())).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
+    }
+
+    fn unreadable(&self, source: io::Error) -> Error {
+        Error::Map { path: self.path.clone(), operation: "read", key: "all".to_owned(), source }
+    }
+
     /// The whole map.
     pub fn read(&self) -> Result<Vec<(K, V)>, Error> {
-        sysbpf::map_read(self.fd.as_fd()).map_err(|source| Error::Map {
-            path: self.path.clone(),
-            operation: "read",
-            key: "all".to_owned(),
-            source,
-        })
+        let mut all = Vec::new();
+        let batch = |keys: &[K], values: &[V]| {
+            all.extend(keys.iter().copied().zip(values.iter().copied()));
+            ControlFlow::Continue(())
+        };
+        sysbpf::map_scan(self.fd.as_fd(), batch).map_err(|source| self.unreadable(source))?;
+        Ok(all)
     }
 }
 

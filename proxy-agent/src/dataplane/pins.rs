@@ -4,12 +4,15 @@
 //!   /sys/fs/bpf/proxy-agent/       --pin-root
 //!     v1/                          version of all layouts: two versions never share a map
 //!       maps/frontend, …           one for each of `proxy_abi::map::ALL`
+//!       maps/layout                what they look like, field by field, for an agent of another version
 //!       links/from_pod_7           tcx link of interface 7: the kernel keeps forwarding while the agent is away
 //!       links/to_pod_7
 //!       links/clsact_9/            no link: interface 9 has clsact filters (Linux < 6.6, or asked for)
 //!       links/clsact_9/qdisc/      and its queueing discipline is ours, too
 //!       links/connect4, …          cgroup links
 //! ```
+//!
+//! Another version's directory is there until its flows are carried over: see [`super::upgrade`].
 //!
 //! A restarted agent recognises all of its kernel state by these names.
 
@@ -25,8 +28,8 @@ use proxy_abi::{
     SocketEntry, SocketKey, map,
 };
 
-use super::Error;
 use super::map::{Layout, Map, size_u32};
+use super::{Error, NO_BACKEND, sizing};
 
 const fn layout<K, V>(name: &'static str, kind: MapType) -> Layout {
     Layout { name, kind, key: size_u32::<K>(), value: size_u32::<V>() }
@@ -54,6 +57,7 @@ pub const LAYOUTS: [Layout; 14] = [
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pins {
     root: PathBuf,
+    version: u32,
 }
 
 /// Held by the one agent that works on a pin directory.
@@ -74,7 +78,60 @@ pub struct Maps {
     pub pod_flows: Map<u32, u64>,
     pub flow_live: Map<FlowKey, FlowEntry>,
     pub flow_brief: Map<FlowKey, FlowEntry>,
+    pub socket: Map<SocketKey, SocketEntry>,
     pub counter: Map<u32, CounterEntry>,
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Its name.
+    pub map: &'static str,
+    /// Entries in use.
+    pub used: usize,
+    /// Entries that fit.
+    pub capacity: u32,
+    /// Bytes that the kernel holds for it, as [`Map::memory`] tells.
+    pub bytes: Option<u64>,
+    /// Bytes when it is full, as [`sizing::bytes_when_full`] tells.
+    pub bytes_full: Option<u64>,
+}
+
+impl Maps {
+    /// How full each map is. Entries are counted batch by batch, and none is kept.
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    pub fn usage(&self) -> Result<Vec<Usage>, Error> {
+        let any = |layout: &Layout, used, capacity, bytes| Usage {
+            map: layout.name,
+            used,
+            capacity,
+            bytes,
+            bytes_full: sizing::bytes_when_full(layout, capacity),
+        };
+        let mut all = Vec::new();
+        macro_rules! count {
+            ($($field:ident $used:expr;)+) => { $(
+                all.push(any(self.$field.layout(), self.$field.count($used)?, self.$field.capacity(), self.$field.memory()));
+            )+ };
+        }
+        count! {
+            service |_, _| true;
+            frontend |_, _| true;
+            backend |_, entry| *entry != NO_BACKEND;
+            slot |_, backend| *backend != 0;
+            device |_, _| true;
+            local_pod |_, _| true;
+            prefix |_, _| true;
+            flow_live |_, _| true;
+            flow_brief |_, _| true;
+            affinity |_, _| true;
+            socket |_, _| true;
+            pod_flows |_, _| true;
+        }
+        Ok(all)
+    }
 }
 
 /// A name in the directory of links.
@@ -91,7 +148,25 @@ pub enum LinkPin {
 impl Pins {
     /// Under a root such as `/sys/fs/bpf/proxy-agent`.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+        Self { root: root.to_owned(), version: ABI_VERSION }
+    }
+
+    /// The directories of other versions under the same root, the newest first.
+    pub fn others(&self) -> Result<Vec<Self>, Error> {
+        let pin = |source| Error::Pin { path: self.root.clone(), source };
+        let mut versions = Vec::new();
+        for entry in fs::read_dir(&self.root).map_err(pin)? {
+            let name = entry.map_err(pin)?.file_name();
+            let version: Option<u32> = name.to_str().and_then(|name| name.strip_prefix('v')?.parse().ok());
+            versions.extend(version.filter(|version| *version != self.version));
+        }
+        versions.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(versions.into_iter().map(|version| Self { root: self.root.clone(), version }).collect())
+    }
+
+    /// Version of the layouts in this directory.
+    pub const fn version_number(&self) -> u32 {
+        self.version
     }
 
     /// `--pin-root`.
@@ -100,7 +175,7 @@ impl Pins {
     }
 
     fn version(&self) -> PathBuf {
-        self.root.join(format!("v{ABI_VERSION}"))
+        self.root.join(format!("v{}", self.version))
     }
 
     /// Directory of the maps.
@@ -183,7 +258,7 @@ impl Pins {
             live,
             brief,
             _,
-            _,
+            socket,
             counter,
             prefix,
             affinity,
@@ -201,6 +276,7 @@ impl Pins {
             pod_flows: Map::open(&directory, pod_flows)?,
             flow_live: Map::open(&directory, live)?,
             flow_brief: Map::open(&directory, brief)?,
+            socket: Map::open(&directory, socket)?,
             counter: Map::open(&directory, counter)?,
         })
     }
@@ -210,7 +286,12 @@ impl Pins {
         let path = self.links();
         let pin = |source| Error::Pin { path: path.clone(), source };
         let mut links = Vec::new();
-        for entry in fs::read_dir(&path).map_err(pin)? {
+        let entries = match fs::read_dir(&path) {
+            // A directory that was being made or removed when its agent was killed.
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(links),
+            entries => entries.map_err(pin)?,
+        };
+        for entry in entries {
             let name = entry.map_err(pin)?.file_name().to_string_lossy().into_owned();
             links.push(match name.rsplit_once('_').and_then(|(p, i)| Some((p, i.parse().ok()?))) {
                 Some(("clsact", ifindex)) => LinkPin::Clsact(ifindex),
@@ -228,6 +309,15 @@ impl Pins {
         let removed =
             if matches!(pin, LinkPin::Clsact(_)) { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         match removed {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes this version's directory. Pins of links that are still in it detach.
+    pub fn remove_version(&self) -> Result<(), Error> {
+        let path = self.version();
+        match fs::remove_dir_all(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pin { path, source }),
             _ => Ok(()),
         }

@@ -77,32 +77,12 @@ pub fn sweep(maps: &Maps, timeouts: &Timeouts, now: u64) -> Result<(usize, usize
 
 #[cfg(test)]
 mod tests {
-    use proxy_abi::{MacBytes, Stamp, Tuple};
-
     use super::*;
 
     #[test]
     fn idle_time_counts_by_state() {
         let hour = 3_600_000_000_000_u64;
-        let entry = |state| FlowEntry {
-            original: Tuple::ZERO,
-            translated: Tuple::ZERO,
-            last_seen: hour,
-            service: 0,
-            backend: 0,
-            generation: 0,
-            initiator_ifindex: 0,
-            responder_ifindex: 0,
-            initiator_stamp: Stamp { revision: 0, rule: 0 },
-            responder_stamp: Stamp { revision: 0, rule: 0 },
-            initiator_mac: MacBytes([0; 6]),
-            responder_mac: MacBytes([0; 6]),
-            initiator_slot: 0,
-            responder_slot: 0,
-            flags: 0,
-            state,
-            provenance: 0,
-        };
+        let entry = |state| FlowEntry { last_seen: hour, state, ..FlowEntry::NONE };
         let table = [
             (state::ESTABLISHED, hour, false),
             (state::ESTABLISHED, 25 * hour, false),

@@ -6,7 +6,8 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
@@ -14,6 +15,7 @@ use aya::Pod;
 
 /// Commands of `enum bpf_cmd`.
 mod command {
+    pub(super) const MAP_CREATE: i32 = 0;
     pub(super) const MAP_LOOKUP_ELEM: i32 = 1;
     pub(super) const MAP_UPDATE_ELEM: i32 = 2;
     pub(super) const MAP_DELETE_ELEM: i32 = 3;
@@ -148,6 +150,13 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     unsafe { bpf(command::LINK_UPDATE, &mut attr) }.map(|_| ())
 }
 
+#[repr(C)]
+struct InfoAttr {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
 /// What the kernel says of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkInfo {
@@ -171,15 +180,9 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
         attach_type: u32,
         rest: [u64; 8],
     }
-    #[repr(C)]
-    struct Attr {
-        fd: u32,
-        len: u32,
-        info: u64,
-    }
     let mut info = Info::default();
     let len = u32::try_from(size_of::<Info>()).map_err(io::Error::other)?;
-    let mut attr = Attr { fd: raw(link), len, info: address_mut(&mut info) };
+    let mut attr = InfoAttr { fd: raw(link), len, info: address_mut(&mut info) };
     // SAFETY: `info` is as long as said and lives until the call returns.
     unsafe { bpf(command::OBJ_GET_INFO_BY_FD, &mut attr) }?;
     // BPF_LINK_TYPE_TCX.
@@ -317,48 +320,224 @@ pub fn map_update_batch<K: Pod, V: Pod>(
     }
 }
 
-/// Reads a whole map, in batches. Entries that come or go meanwhile may be in it or not.
-pub fn map_read<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
-    let mut chunk = 1024_usize;
-    let (mut cursor, mut next) = ([0_u64; 16], [0_u64; 16]);
-    let mut first = true;
-    let mut all = Vec::new();
+/// Entries that are read at once where nobody asks for few.
+const CHUNK: usize = 4096;
+
+/// Reads a map batch by batch, until `each` has enough. Entries that come or go meanwhile may be in it or not.
+pub fn map_scan<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    mut each: impl FnMut(&[K], &[V]) -> ControlFlow<()>,
+) -> io::Result<()> {
+    let (mut keys, mut values) = (Vec::<K>::new(), Vec::<V>::new());
+    let mut batches = Batches::new(map);
     loop {
-        let (mut keys, mut values) = (Vec::<K>::with_capacity(chunk), Vec::<V>::with_capacity(chunk));
+        keys.clear();
+        values.clear();
+        keys.reserve(batches.chunk);
+        values.reserve(batches.chunk);
+        // SAFETY: room for `chunk` of both; the kernel fills as many as it says.
+        unsafe {
+            let Some(count) = batches.next(keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64)? else { continue };
+            keys.set_len(count);
+            values.set_len(count);
+        }
+        if each(&keys, &values).is_break() || batches.done {
+            return Ok(());
+        }
+    }
+}
+
+/// Where a reader of a whole map is.
+struct Batches<'a> {
+    map: BorrowedFd<'a>,
+    chunk: usize,
+    /// Larger than any key of ours.
+    cursor: [u64; 16],
+    first: bool,
+    done: bool,
+}
+
+impl<'a> Batches<'a> {
+    const fn new(map: BorrowedFd<'a>) -> Self {
+        Self { map, chunk: CHUNK, cursor: [0; 16], first: true, done: false }
+    }
+
+    /// The next entries and their number; `None` when there must be more room, of `chunk` now.
+    ///
+    /// # Safety
+    /// Both addresses must have room for `chunk` keys and values.
+    unsafe fn next(&mut self, keys: u64, values: u64) -> io::Result<Option<usize>> {
+        let mut after = [0_u64; 16];
         let mut attr = BatchAttr {
-            in_batch: if first { 0 } else { cursor.as_ptr() as u64 },
-            out_batch: next.as_mut_ptr() as u64,
-            keys: keys.as_mut_ptr() as u64,
-            values: values.as_mut_ptr() as u64,
-            count: u32::try_from(chunk).unwrap_or(u32::MAX),
-            map: raw(map),
+            in_batch: if self.first { 0 } else { self.cursor.as_ptr() as u64 },
+            out_batch: after.as_mut_ptr() as u64,
+            keys,
+            values,
+            count: u32::try_from(self.chunk).unwrap_or(u32::MAX),
+            map: raw(self.map),
             elem_flags: 0,
             flags: 0,
         };
-        // SAFETY: room for `chunk` keys and values; the cursors are larger than any key of ours.
-        let result = unsafe { bpf(command::MAP_LOOKUP_BATCH, &mut attr) };
-        let done = match result {
-            Ok(_) => false,
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => true,
+        // SAFETY: by the caller.
+        match unsafe { bpf(command::MAP_LOOKUP_BATCH, &mut attr) } {
+            Ok(_) => {}
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => self.done = true,
             // One bucket holds more than a chunk: ask for more at once.
-            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && chunk < 1 << 20 => {
-                chunk *= 2;
-                continue;
+            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && self.chunk < 1 << 20 => {
+                self.chunk *= 2;
+                return Ok(None);
             }
             Err(e) => return Err(e),
-        };
-        // SAFETY: the kernel filled `count` of both.
-        unsafe {
-            keys.set_len((attr.count as usize).min(chunk));
-            values.set_len((attr.count as usize).min(chunk));
         }
-        all.extend(keys.into_iter().zip(values));
-        if done {
-            return Ok(all);
-        }
-        cursor = next;
-        first = false;
+        self.cursor = after;
+        self.first = false;
+        Ok(Some((attr.count as usize).min(self.chunk)))
     }
+}
+
+/// An open map whose keys and values are bytes: one that another version made, or one that is filled from such.
+#[derive(Debug)]
+pub struct Rows {
+    fd: OwnedFd,
+    key_size: usize,
+    value_size: usize,
+    capacity: u32,
+}
+
+/// When [`Rows::set`] may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// In any case.
+    Any = 0,
+    /// Where nothing is yet; otherwise `EEXIST`.
+    New = 1,
+}
+
+impl Rows {
+    /// Opens a pinned map. Not one with values for each CPU: `Unsupported`.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        /// `struct bpf_map_info`, its beginning.
+        #[repr(C)]
+        #[derive(Default)]
+        struct Info {
+            kind: u32,
+            id: u32,
+            key_size: u32,
+            value_size: u32,
+            max_entries: u32,
+            rest: [u32; 19],
+        }
+        let fd = obj_get(path)?;
+        let mut info = Info::default();
+        let len = u32::try_from(size_of::<Info>()).map_err(io::Error::other)?;
+        let mut attr = InfoAttr { fd: raw(fd.as_fd()), len, info: address_mut(&mut info) };
+        // SAFETY: `info` is as long as said and lives until the call returns.
+        unsafe { bpf(command::OBJ_GET_INFO_BY_FD, &mut attr) }?;
+        // BPF_MAP_TYPE_PERCPU_HASH, _PERCPU_ARRAY, _LRU_PERCPU_HASH; and keys must fit a cursor.
+        if [5, 6, 10].contains(&info.kind) || info.key_size > 128 {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(Self {
+            fd,
+            key_size: info.key_size as usize,
+            value_size: info.value_size as usize,
+            capacity: info.max_entries,
+        })
+    }
+
+    /// Bytes of a key and of a value.
+    pub const fn sizes(&self) -> (usize, usize) {
+        (self.key_size, self.value_size)
+    }
+
+    /// Entries that fit.
+    pub const fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    /// Room that the kernel fills: an array's values are padded to 8 bytes in the kernel alone.
+    fn attr(&self, key: &[u8], value: u64, flags: u64) -> io::Result<ElemAttr> {
+        if key.len() != self.key_size {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(ElemAttr { map: raw(self.fd.as_fd()), pad: 0, key: key.as_ptr() as u64, value, flags })
+    }
+
+    /// One entry.
+    pub fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let mut value = vec![0_u8; self.value_size];
+        let mut attr = self.attr(key, value.as_mut_ptr() as u64, 0)?;
+        // SAFETY: key and value are as long as the map's, and live until the call returns.
+        match unsafe { bpf(command::MAP_LOOKUP_ELEM, &mut attr) } {
+            Ok(_) => Ok(Some(value)),
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Writes one entry.
+    pub fn set(&self, key: &[u8], value: &[u8], when: Write) -> io::Result<()> {
+        if value.len() != self.value_size {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut attr = self.attr(key, value.as_ptr() as u64, when as u64)?;
+        // SAFETY: as in `get`.
+        unsafe { bpf(command::MAP_UPDATE_ELEM, &mut attr) }.map(|_| ())
+    }
+
+    /// Deletes one entry; false when it was not there.
+    pub fn delete(&self, key: &[u8]) -> io::Result<bool> {
+        let mut attr = self.attr(key, 0, 0)?;
+        // SAFETY: as in `get`.
+        match unsafe { bpf(command::MAP_DELETE_ELEM, &mut attr) } {
+            Ok(_) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Reads all entries, batch by batch.
+    pub fn scan(&self, mut each: impl FnMut(&[u8], &[u8])) -> io::Result<()> {
+        let mut batches = Batches::new(self.fd.as_fd());
+        while !batches.done {
+            let mut keys = vec![0_u8; batches.chunk * self.key_size];
+            let mut values = vec![0_u8; batches.chunk * self.value_size];
+            // SAFETY: room for `chunk` of both.
+            let count = unsafe { batches.next(keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64) }?.unwrap_or(0);
+            let rows = keys.chunks_exact(self.key_size).zip(values.chunks_exact(self.value_size));
+            rows.take(count).for_each(|(key, value)| each(key, value));
+        }
+        Ok(())
+    }
+}
+
+/// Makes an array map. Nobody has it but us until it is pinned.
+pub fn map_create_array(name: &str, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        kind: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        flags: u32,
+        inner: u32,
+        numa_node: u32,
+        name: [u8; 16],
+    }
+    // BPF_MAP_TYPE_ARRAY; BPF_OBJ_NAME_LEN counts a zero byte at the end.
+    let mut attr = Attr {
+        kind: 2,
+        key_size: 4,
+        value_size,
+        max_entries: entries,
+        flags: 0,
+        inner: 0,
+        numa_node: 0,
+        name: [0; 16],
+    };
+    attr.name.iter_mut().take(15).zip(name.bytes()).for_each(|(to, from)| *to = from);
+    // SAFETY: no pointers.
+    own(unsafe { bpf(command::MAP_CREATE, &mut attr) }?)
 }
 
 /// What a program did with a packet.

@@ -71,7 +71,7 @@ impl Reload {
                 Look::Wrong(error) => tracing::error!("{error}; the configuration in force stays"),
             }
             let Some(stream) = &mut watch else {
-                tokio::time::sleep(ANYWAY).await;
+                tokio::time::sleep_until(tokio::time::Instant::now() + ANYWAY).await;
                 continue;
             };
             match timeout(ANYWAY, stream.next()).await {

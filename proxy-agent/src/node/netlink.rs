@@ -181,7 +181,7 @@ impl Requests {
         unless_gone(done, None).map(drop)
     }
 
-    fn list<T>(
+    pub(super) fn list<T>(
         &mut self,
         operation: &'static str,
         request: &Request,
@@ -232,6 +232,18 @@ impl Requests {
                 }
             }
         }
+    }
+}
+
+impl Requests {
+    /// A socket for another family of netlink than routing.
+    pub(super) fn open_family(protocol: isize) -> Result<Self, NetlinkError> {
+        let failed = |operation| move |source| NetlinkError::Socket { operation, source };
+        let mut socket = Socket::new(protocol).map_err(failed("open"))?;
+        socket.bind_auto().map_err(failed("bind"))?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(5, 0))
+            .map_err(|errno| failed("set a deadline")(errno.into()))?;
+        Ok(Self { socket, sequence: 0, datagram: Vec::with_capacity(DATAGRAM) })
     }
 }
 

@@ -94,7 +94,7 @@ pub fn keep(
         let listener = match listener {
             Some(listener) => listener,
             None => loop {
-                tokio::time::sleep(RETRY).await;
+                tokio::time::sleep_until(tokio::time::Instant::now() + RETRY).await;
                 if let Ok(listener) = bind(address) {
                     tracing::info!(%address, "{what} listens now");
                     break listener;

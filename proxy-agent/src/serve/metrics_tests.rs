@@ -1,3 +1,5 @@
+//! The whole exposition, line by line.
+
 use std::num::NonZeroU16;
 
 use proxy_core::facts::HealthCheck;
@@ -11,7 +13,8 @@ use super::*;
 fn the_whole_exposition() {
     let metrics = Metrics::default();
     let name = ObjectName::new("ns", "web");
-    let slice = EndpointSlice { name: name.clone(), service: name.clone(), ports: vec![], endpoints: vec![] };
+    let slice =
+        EndpointSlice { name: name.clone(), service: name.clone(), ports: vec![], endpoints: vec![], triggered: None };
     for event in [Event::ServiceGone(name.clone()), Event::SliceGone(name.clone()), Event::Slice(slice)] {
         metrics.event(&event);
     }

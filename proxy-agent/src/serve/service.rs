@@ -33,11 +33,7 @@ pub enum Addresses {
 
 impl Addresses {
     /// Those on which NodePorts are served.
-    pub fn of<'a>(
-        served: &[NodePortAddresses],
-        node: &Node,
-        devices: impl Iterator<Item = &'a NetDevice> + Clone,
-    ) -> Self {
+    pub fn of(served: &[NodePortAddresses], node: &Node, devices: &[&NetDevice]) -> Self {
         let mut all = Vec::new();
         for one in served {
             match one {
@@ -52,7 +48,7 @@ impl Addresses {
                     all.extend([IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)]);
                 }
                 NodePortAddresses::Range(range) => {
-                    all.extend(devices.clone().flat_map(|device| &device.addresses).filter(|ip| range.contains(*ip)));
+                    all.extend(devices.iter().flat_map(|device| &device.addresses).filter(|ip| range.contains(*ip)));
                 }
             }
         }
@@ -118,7 +114,7 @@ pub async fn run(
         }
         let retry = async {
             if failed {
-                tokio::time::sleep(RETRY).await;
+                tokio::time::sleep_until(tokio::time::Instant::now() + RETRY).await;
             } else {
                 std::future::pending::<()>().await;
             }

@@ -17,6 +17,9 @@
 
 use crate::{FAMILY_IPV4, IpBytes, MacBytes, PortBe, Proto};
 
+/// Bytes that the imagined next version has more of in a flow.
+const NEXT: usize = if cfg!(feature = "layout-next") { 8 } else { 0 };
+
 abi! {
     /// Two ends in a fixed order, protocol and family. SCTP uses its ports; ICMP has its identifier as both ports.
     pub struct FlowKey [40] {
@@ -59,11 +62,14 @@ abi! {
     }
 
     /// State of a flow. The same layout under both keys of a translated flow, each complete in itself.
-    pub struct FlowEntry [136] {
+    pub struct FlowEntry [136 + NEXT] {
         /// As the initiator sends.
         pub original: Tuple,
         /// As the responder receives; its source is another address for a hairpin or SNAT, another port after a clash.
         pub translated: Tuple,
+        /// Of the imagined next version: whatever was here before is somewhere else.
+        #[cfg(feature = "layout-next")]
+        pub next: u64,
         /// CLOCK_MONOTONIC, nanoseconds, coarse; written at most once a second.
         pub last_seen: u64,
         /// Service port; 0 = direct.
@@ -99,7 +105,7 @@ abi! {
     /// Where a program makes a new flow: one for each CPU, in a map of its own that is not pinned. Programs at tc run
     /// with bottom halves off, so none of them interrupts another on its CPU. Being in a map, it costs no stack, and the
     /// verifier forgets what was written: paths that differ by nothing else are walked once.
-    pub struct Work [384] {
+    pub struct Work [384 + NEXT] {
         /// The tuple that a packet is to get.
         pub new: Tuple,
         /// Interface that it is redirected to; 0: on through the stack.
@@ -249,6 +255,29 @@ impl FlowEntry {
     pub const ROUTED: u16 = 256;
     /// The translated source is an address of the node.
     pub const MASQUERADED: u16 = 512;
+
+    /// No flow.
+    pub const NONE: Self = Self {
+        original: Tuple::ZERO,
+        translated: Tuple::ZERO,
+        #[cfg(feature = "layout-next")]
+        next: 0,
+        last_seen: 0,
+        service: 0,
+        backend: 0,
+        generation: 0,
+        initiator_ifindex: 0,
+        responder_ifindex: 0,
+        initiator_stamp: Stamp { revision: 0, rule: 0 },
+        responder_stamp: Stamp { revision: 0, rule: 0 },
+        initiator_mac: MacBytes([0; 6]),
+        responder_mac: MacBytes([0; 6]),
+        initiator_slot: 0,
+        responder_slot: 0,
+        flags: 0,
+        state: 0,
+        provenance: 0,
+    };
 
     /// Is anything rewritten?
     #[inline(always)]

@@ -17,6 +17,7 @@
 //!   pod_flows       HASH       ifindex      4   u64               8  programs: flows in flow_live; agent: recounted
 //!   affinity        LRU_HASH   AffinityKey 24   AffinityEntry    16  programs
 //!   work            PERCPU_ARRAY 0          4   Work            384  programs: scratch, not pinned
+//!   layout          ARRAY      row          4   LayoutRow        64  agent: these layouts, for another version's agent
 //! ```
 //!
 //! Every struct is made by one macro, which fixes `repr(C)` and asserts its size and the absence of padding, so a map
@@ -24,9 +25,37 @@
 //! `bool`, because the kernel side must be able to read any bit pattern.
 #![no_std]
 
-/// Declares the structs that lie in maps: `repr(C)`, an asserted size, asserted to have no padding.
+/// A field of a type that lies in a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes before it.
+    pub offset: usize,
+    /// Bytes of it.
+    pub size: usize,
+    /// Its own fields, from its own beginning; none for a number or an address.
+    pub inside: &'static [Self],
+}
+
+/// A type that lies in a map, described field by field: what one version wrote another can then read.
+pub trait Fields {
+    /// In their order; none for a number or an address.
+    const FIELDS: &'static [Field] = &[];
+}
+
+macro_rules! without_fields {
+    ($($type:ty),+) => { $( impl Fields for $type {} )+ };
+}
+
+without_fields!(u8, u16, u32, u64, IpBytes, MacBytes, PortBe, Proto, NameBytes);
+
+impl<const N: usize, T: Fields> Fields for [T; N] {}
+
+/// Declares the structs that lie in maps: `repr(C)`, an asserted size, asserted to have no padding, described in
+/// [`Fields::FIELDS`]. A field under a `cfg` counts only where it is compiled.
 macro_rules! abi {
-    ($( $(#[$meta:meta])* pub struct $name:ident [$size:literal] {
+    ($( $(#[$meta:meta])* pub struct $name:ident [$size:expr] {
         $( $(#[$fmeta:meta])* pub $field:ident : $type:ty ),+ $(,)?
     } )+) => { $(
         $(#[$meta])*
@@ -34,9 +63,26 @@ macro_rules! abi {
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name { $( $(#[$fmeta])* pub $field: $type ),+ }
         const _: () = {
+            let (mut sum, mut at) = (0, 0);
+            while at < <$name as $crate::Fields>::FIELDS.len() {
+                sum += <$name as $crate::Fields>::FIELDS[at].size;
+                at += 1;
+            }
             assert!(core::mem::size_of::<$name>() == $size, "size is part of the map layout");
-            assert!(0 $( + core::mem::size_of::<$type>() )+ == $size, "padding is not allowed");
+            assert!(sum == $size, "padding is not allowed");
         };
+        #[allow(unused_doc_comments, reason = "the fields' documentation comes along with their cfg")]
+        impl $crate::Fields for $name {
+            const FIELDS: &'static [$crate::Field] = &[ $(
+                $(#[$fmeta])*
+                $crate::Field {
+                    name: stringify!($field),
+                    offset: core::mem::offset_of!($name, $field),
+                    size: core::mem::size_of::<$type>(),
+                    inside: <$type as $crate::Fields>::FIELDS,
+                }
+            ),+ ];
+        }
         #[cfg(feature = "user")]
         // SAFETY: repr(C), no padding (asserted above), every field is valid for any bit pattern.
         unsafe impl aya::Pod for $name {}
@@ -61,7 +107,41 @@ pub use verdict::{CounterEntry, Hook, Reason};
 
 /// Version of every layout in this crate. It names the pin directory, so that two versions never share a map.
 /// Raise it with any change of a type here; `proxy-ebpf/abi/fingerprint` must change with it, which `cargo xtask tidy` checks.
+#[cfg(not(feature = "layout-next"))]
 pub const ABI_VERSION: u32 = 2;
+/// Of the imagined next version: not the number of any real one.
+#[cfg(feature = "layout-next")]
+pub const ABI_VERSION: u32 = 1000;
+
+abi! {
+    /// A row of the map `layout`: a field of a key or value as this version lays it out, or a setting of the programs.
+    /// This type never changes, whatever the version: every agent must be able to read it.
+    pub struct LayoutRow [64] {
+        /// Map that has the field, padded with zero bytes; empty for a setting, and in rows that are not used.
+        pub map: [u8; 16],
+        /// The field, with dots before the fields of a field; or the setting.
+        pub name: [u8; 36],
+        /// [`LayoutRow::KEY`], [`LayoutRow::VALUE`] or [`LayoutRow::SETTING`].
+        pub part: u32,
+        /// Bytes before it; the value of a setting.
+        pub offset: u32,
+        /// Bytes of it.
+        pub size: u32,
+    }
+}
+
+impl LayoutRow {
+    /// Rows of the map.
+    pub const ROOM: u32 = 512;
+    /// The row is not used.
+    pub const UNUSED: u32 = 0;
+    /// A field of the key.
+    pub const KEY: u32 = 1;
+    /// A field of the value.
+    pub const VALUE: u32 = 2;
+    /// A setting.
+    pub const SETTING: u32 = 3;
+}
 
 /// `AF_INET` as it stands in keys.
 pub const FAMILY_IPV4: u8 = 4;
@@ -98,7 +178,9 @@ pub mod map {
     pub const AFFINITY: &str = "affinity";
     /// Established flows of each pod.
     pub const POD_FLOWS: &str = "pod_flows";
-    /// All of them.
+    /// The layouts of all others.
+    pub const LAYOUT: &str = "layout";
+    /// All that the programs have.
     pub const ALL: [&str; 14] = [
         SERVICE,
         BACKEND,

@@ -80,6 +80,7 @@ named! {
         Masqueraded = 17, "masqueraded", "first packet of a flow whose source becomes an address of the node";
         IcmpError = 18, "icmp_error", "ICMP error about a translated packet: translated like it";
         Midstream = 19, "midstream", "TCP segment to a Service from outside, in a connection that is not known: passed to the node";
+        FragmentUnknown = 20, "fragment_unknown", "a fragment came before the one that has the ports: passed untouched";
         NoBackend = 32, "no_backend", "refused: the Service has no endpoint";
         FragmentBeforeFirst = 33, "fragment_before_first", "drop: a fragment came before the one that has the ports";
         NoFlow = 34, "no_flow", "drop: TCP segment to a Service in the middle of a connection that is not known";

@@ -30,8 +30,13 @@ impl Level {
     /// The level of an integration test file: by the beginning of its name, else by its package. What is not known
     /// runs as root with one thread, which is right for every test.
     pub(crate) fn of_file(package: &str, name: &str) -> Self {
-        let named =
-            [("packet", Self::Packet), ("traffic", Self::Traffic), ("restart", Self::Restart), ("kube", Self::Kube)];
+        let named = [
+            ("packet", Self::Packet),
+            ("traffic", Self::Traffic),
+            ("restart", Self::Restart),
+            ("upgrade", Self::Restart),
+            ("kube", Self::Kube),
+        ];
         if let Some((_, level)) = named.iter().find(|(beginning, _)| name.starts_with(beginning)) {
             return *level;
         }
@@ -78,6 +83,7 @@ mod tests {
             ("proxy-tests", "packets", Level::Packet),
             ("proxy-tests", "traffic_matrix", Level::Traffic),
             ("proxy-tests", "restart", Level::Restart),
+            ("proxy-tests", "upgrade", Level::Restart),
             ("proxy-tests", "kube_watch", Level::Kube),
             ("proxy-tests", "scenarios", Level::Unit),
             ("proxy-tests", "simulator", Level::Node),

@@ -45,14 +45,15 @@ impl Claims {
         self.holders.len() + self.cluster.len()
     }
 
-    /// `name` holds a frontend that is free, or its own.
-    pub(super) fn hold(&mut self, key: FrontendKey, name: ServicePortName, cluster: bool) {
-        let old = self.holders.insert(key, Holder { name, cluster });
-        match (old.is_some_and(|old| old.cluster), cluster) {
+    /// `name` holds a frontend that is free, or its own. True when the mark of its address may be another by that.
+    pub(super) fn hold(&mut self, key: FrontendKey, name: ServicePortName, cluster: bool) -> bool {
+        let was_cluster = self.holders.insert(key, Holder { name, cluster }).is_some_and(|old| old.cluster);
+        match (was_cluster, cluster) {
             (false, true) => *self.cluster.entry(key.ip).or_default() += 1,
             (true, false) => self.uncount(key.ip),
             (true, true) | (false, false) => {}
         }
+        was_cluster != cluster
     }
 
     /// A frontend becomes free. Returns those who waited for it.

@@ -105,6 +105,9 @@ impl Compiler {
     /// Frees the frontends that a Service no longer asks for, without touching a row. All that changed do so before the
     /// first of them is compiled: then two that exchange frontends find them free and never lose theirs, nor their ids.
     pub(super) fn leave_frontends(&mut self, state: &ClusterState, name: &ObjectName, tables: &mut TableDeltas) {
+        if !self.services.contains_key(name) {
+            return;
+        }
         let service = state.service(name);
         let addresses = service.map(|service| Addresses::of(state, &self.policy, service));
         let mut left = Vec::new();

@@ -59,6 +59,9 @@ fn health_checks_count_ready_endpoints_of_this_node_once() {
     }
 }
 
+/// Local endpoints of the health checks, ports without local ones for traffic from inside and from outside.
+type Told = (Vec<u32>, u32, u32);
+
 #[test]
 fn facts_follow_changes_and_say_so() {
     let both = [("http", Protocol::Tcp, 8080), ("dns", Protocol::Udp, 5353)];
@@ -74,7 +77,7 @@ fn facts_follow_changes_and_say_so() {
         )
     };
     assert_eq!(facts(&node), (vec![0], 0, 0), "no endpoints at all is no lack of local ones");
-    let rows: Vec<(&str, Event, (Vec<u32>, u32, u32))> = vec![
+    let rows: Vec<(&str, Event, Told)> = vec![
         ("endpoints elsewhere: two ports lack them", away(), (vec![0], 2, 2)),
         ("a local one", local(), (vec![1], 0, 0)),
         ("this node is another", Event::Node(Node { name: "node-b".into(), ..cluster::node() }), (vec![0], 2, 2)),

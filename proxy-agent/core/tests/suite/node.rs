@@ -1,5 +1,7 @@
 //! A node with a reconciler and a fake dataplane, and a clock that only it moves.
 
+use std::sync::Arc;
+
 use proxy_core::compile::Capacity;
 use proxy_core::dataplane::Dataplane;
 use proxy_core::event::{Event, Listing, Source};
@@ -147,7 +149,7 @@ pub(crate) fn everything(state: &ClusterState) -> Vec<Event> {
     let mut events = vec![Event::Node(state.node().clone())];
     events.extend(state.links().cloned().map(Event::Link));
     events.extend(state.devices().cloned().map(Event::Device));
-    events.extend(state.service_cidrs().map(|(name, ranges)| Event::ServiceCidr(name.clone(), ranges.to_vec())));
+    events.extend(state.service_cidrs().map(|(name, ranges)| Event::ServiceCidr(Arc::clone(name), ranges.to_vec())));
     for service in state.services() {
         events.push(Event::Service(service.clone()));
         events.extend(state.slices_of(&service.name).cloned().map(Event::Slice));
@@ -160,7 +162,7 @@ pub(crate) fn listings(state: &ClusterState) -> [Event; 5] {
     let services = state.services().map(|service| service.name.clone()).collect();
     let slices = state.slices().map(|slice| slice.name.clone()).collect();
     let links = state.links().map(|link| link.ifindex).chain(state.devices().map(|device| device.ifindex)).collect();
-    let ranges = state.service_cidrs().map(|(name, _)| name.clone()).collect();
+    let ranges = state.service_cidrs().map(|(name, _)| Arc::clone(name)).collect();
     [
         Event::Listed(Source::Services, Listing::Objects(services)),
         Event::Listed(Source::EndpointSlices, Listing::Objects(slices)),

@@ -216,7 +216,7 @@ fn between(old: &ClusterState, new: &ClusterState) -> Vec<Event> {
     events.extend(old.devices().filter(|d| new.device(d.ifindex).is_none()).map(|d| Event::DeviceGone(d.ifindex)));
     let known: BTreeSet<_> = new.service_cidrs().map(|(name, _)| name).collect();
     let gone = old.service_cidrs().filter(|(name, _)| !known.contains(name));
-    events.extend(gone.map(|(name, _)| Event::ServiceCidrGone(name.clone())));
+    events.extend(gone.map(|(name, _)| Event::ServiceCidrGone(std::sync::Arc::clone(name))));
     events
 }
 

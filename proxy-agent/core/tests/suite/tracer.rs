@@ -55,10 +55,10 @@ pub(crate) fn trace(tables: &Tables, packet: Packet) -> Verdict {
     let reachable = mark & FrontendEntry::ADDRESS_LOOPBACK == 0 || packet.origin == Origin::Node;
     let wildcard = packet.key(FrontendKey::wildcard(packet.dst.is_ipv4()));
     let named = packet.key(dst);
-    let found = [named, wildcard]
+    let mut found = [named, wildcard]
         .into_iter()
         .filter(|key| *key == named || mark & FrontendEntry::ADDRESS_NODE_PORT != 0 && reachable);
-    let Some((key, entry)) = found.filter_map(|key| tables.frontends.get(&key).map(|entry| (key, entry))).next() else {
+    let Some((key, entry)) = found.find_map(|key| tables.frontends.get(&key).map(|entry| (key, entry))) else {
         return if mark & FrontendEntry::ADDRESS_REJECT != 0 {
             Verdict::Reject
         } else if mark == 0 && matches(tables, PrefixKey::SERVICE_CIDR, packet.dst) {

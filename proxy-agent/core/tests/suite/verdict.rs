@@ -142,12 +142,13 @@ enum Local {
     External,
 }
 
+/// What, policy, endpoints, the frontends that it is true of, then pod, node, outside.
+type Row = (&'static str, Local, &'static str, &'static [(&'static str, u16)], [&'static str; 3]);
+
 #[test]
 fn the_verdict_table() {
     use Local::{External, Internal, Neither};
     let both = "here there";
-    // What, policy, endpoints, the frontends that it is true of, then pod, node, outside.
-    type Row = (&'static str, Local, &'static str, &'static [(&'static str, u16)], [&'static str; 3]);
     let cluster: &[(&str, u16)] = &[("cluster", 80)];
     let outer: &[(&str, u16)] = &[("external", 80), ("balancer", 80), ("node", 30_080)];
     let rows: [Row; 22] = [
@@ -241,15 +242,16 @@ fn masquerade_is_for_strangers_or_all() {
     assert_eq!(verdicts(&node, &V4, "node", 30_080), ["there"; 3]);
 }
 
+/// What, ranges; then pod, node, outside for IPv4 and for IPv6.
+type Filtered = (&'static str, Vec<&'static str>, [&'static str; 3], [&'static str; 3]);
+
 #[test]
 fn load_balancer_source_ranges() {
     let all = "here there masqueraded";
     let (v4, v6) = ("192.0.2.0/24", "2001:db8:9::/48");
-    // Ranges; then pod, node, outside for IPv4 and for IPv6.
-    type Row = (&'static str, Vec<&'static str>, [&'static str; 3], [&'static str; 3]);
     let open = [all, "here there", all];
     let client = ["drop", "drop", all];
-    let rows: [Row; 9] = [
+    let rows: [Filtered; 9] = [
         ("none: no filter", vec![], open, open),
         ("the client's, of one family: the other stays open", vec![v4], client, open),
         ("of the other family", vec![v6], open, client),

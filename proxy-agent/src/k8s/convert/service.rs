@@ -184,25 +184,23 @@ fn load_balancer(
                 continue;
             }
         }
-        match parse_ip(text) {
-            Some(ip) => addresses.push(ip),
-            None => {
-                let problem = format!("{text:?} is no IP address, and is left out");
-                report.error(field("ip"), problem, "write an IPv4 or IPv6 address");
-            }
+        if let Some(ip) = parse_ip(text) {
+            addresses.push(ip);
+        } else {
+            let problem = format!("{text:?} is no IP address, and is left out");
+            report.error(field("ip"), problem, "write an IPv4 or IPv6 address");
         }
     }
     let mut ranges = Vec::new();
     let mut wrong = Vec::new();
     for (at, text) in spec.load_balancer_source_ranges.as_deref().unwrap_or_default().iter().enumerate() {
         let text = text.trim();
-        match parse_cidr(text) {
-            Some(range) => ranges.push(range),
-            None => {
-                let problem = format!("{text:?} is no network in CIDR notation, and is left out");
-                report.error(format!("spec.loadBalancerSourceRanges[{at}]"), problem, "write it like 192.0.2.0/24");
-                wrong.push(!text.contains(':'));
-            }
+        if let Some(range) = parse_cidr(text) {
+            ranges.push(range);
+        } else {
+            let problem = format!("{text:?} is no network in CIDR notation, and is left out");
+            report.error(format!("spec.loadBalancerSourceRanges[{at}]"), problem, "write it like 192.0.2.0/24");
+            wrong.push(!text.contains(':'));
         }
     }
     // No range at all would let everybody in, which is the opposite of what was asked for.

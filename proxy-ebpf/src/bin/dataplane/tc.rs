@@ -46,12 +46,10 @@ mod step {
     pub(super) const REFUSE: u32 = 3;
     /// Make a direct flow.
     pub(super) const OPEN_DIRECT: u32 = 4;
-    /// Make a direct flow in place of an old one.
-    pub(super) const REOPEN_DIRECT: u32 = 5;
     /// Make a direct flow beside one through a Service.
-    pub(super) const OPEN_BESIDE: u32 = 6;
-    /// Make a flow through a Service.
-    pub(super) const OPEN_SERVICE: u32 = 7;
+    pub(super) const OPEN_BESIDE: u32 = 5;
+    /// Make a flow through a Service, if there is one; else a direct one.
+    pub(super) const OPEN_SERVICE: u32 = 6;
 }
 
 #[inline(always)]
@@ -90,9 +88,10 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
         let first = u32::from(parsed.fragment == Fragment::FIRST);
         let ports = fragment_ports(&parsed.tuple, parsed.fragment_id, u32::from(parsed.proto.0), first);
         if ports == u64::MAX {
-            if netdev {
-                // Whose it is cannot be known. If a Service's, the node's stack waits for a first fragment in vain.
-                return Outcome::pass(Reason::NotService);
+            if !matches!(hook, Hook::FromPod) {
+                // Whose it is cannot be known. If a Service's, whoever puts it together waits for the rest in vain, as it
+                // would if it were dropped. If not, nothing is lost.
+                return Outcome::pass(Reason::FragmentUnknown);
             }
             return Outcome::drop(Reason::FragmentBeforeFirst);
         }
@@ -120,6 +119,7 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
     };
     let (mut next, mut reason) = (forget(next), forget(reason as u32));
     let unknown = reason == Reason::ServiceNew as u32;
+    let gone = reason == Reason::NoBackend as u32;
     let mut meta = if unknown { 0 } else { Meta::REPLACE };
     if next == step::OPEN_SERVICE {
         next = step::OPEN_DIRECT;
@@ -130,13 +130,13 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
         if comes {
             let found = ask(&parsed, netdev, plan);
             frontend = found.0;
-            (next, reason) = (forget(found.1), if unknown { forget(found.2) } else { reason });
+            (next, reason) = (forget(found.1), if gone { reason } else { forget(found.2) });
             if next == step::OPEN_SERVICE && !netdev && parsed.proto == Proto::TCP && flow::is_over_quota(ifindex) {
                 (next, reason) = (step::REFUSE, Reason::PodQuota as u32);
             }
             meta |= if plan.frontend_flags & FrontendEntry::MASQUERADE != 0 { Meta::MASQUERADE } else { 0 };
         }
-        if next == step::OPEN_DIRECT && !unknown {
+        if next == step::OPEN_DIRECT && gone {
             // A flow through a Service that has gone, with its backend.
             next = step::REFUSE;
             reason = Reason::NoBackend as u32;
@@ -285,11 +285,11 @@ fn known<F: Family>(
         && answers & translated == 0
         && forget(u32::from(service::is_stale(entry, parsed, now, forget(u32::from(moved)) != 0))) != 0
     {
-        if parsed.proto == Proto::TCP && translated != 0 {
+        if parsed.proto == Proto::TCP {
             flow::flow_discard(found, u32::from(proto_family));
         }
         if translated == 0 {
-            return (step::REOPEN_DIRECT, Reason::DirectNew);
+            return (step::OPEN_SERVICE, Reason::DirectNew);
         }
         if entry.flags & FlowEntry::INITIATOR_SIDE != 0 {
             return (step::OPEN_BESIDE, Reason::DirectNew);
@@ -297,6 +297,23 @@ fn known<F: Family>(
         plan.service = entry.service;
         plan.backend = entry.backend;
         return (step::OPEN_SERVICE, Reason::NoBackend);
+    }
+    // A Service may have come to the address that a direct flow goes to. Looked for with each request to open a connection,
+    // and once a second for all else but TCP.
+    if translated == 0 && comes && answers == 0 {
+        let asks = if parsed.proto == Proto::TCP {
+            conntrack::opens(parsed.tcp_flags)
+        } else {
+            now.saturating_sub(entry.last_seen) > conntrack::TOUCH
+        };
+        if forget(u32::from(asks)) != 0
+            && frontend::look_up(&parsed.tuple.dst, parsed.tuple.dst_port, parsed.proto).is_ok()
+        {
+            if parsed.proto == Proto::TCP {
+                flow::flow_discard(found, u32::from(proto_family));
+            }
+            return (step::OPEN_SERVICE, Reason::DirectNew);
+        }
     }
     let sender = if answers == 0 { Sender::Initiator } else { Sender::Responder };
     let state = forget(u32::from(conntrack::step(entry.state, sender, parsed.proto, parsed.tcp_flags))) as u8;

@@ -12,6 +12,7 @@ use proxy_tests::manifests::Endpoint;
 use proxy_tests::{Agent, AgentOptions, Cluster, Deadline, Manifests, NodeSpec};
 use serde_json::{Value, json};
 
+use crate::contender::Scene;
 use crate::objects::{self, FAMILY, Port};
 use crate::stats::{Budget, Estimate, median, quantile};
 
@@ -27,7 +28,7 @@ pub(crate) fn run(services: u16, starts: usize, changes: usize) -> Result<Value>
     let (node, server) = (cluster.node("node1")?, cluster.pod("server")?);
     let folder = Manifests::open(&cluster.manifest_dir())?;
     folder.write(&node)?;
-    let [service, slice] = objects::measured(&server);
+    let [service, slice] = objects::measured(&server, Scene::SameNode);
     folder.write(&service)?;
     folder.write(&slice)?;
     for number in 1..services {

@@ -21,6 +21,7 @@ mod load;
 mod measure;
 mod objects;
 mod packet;
+mod scenes;
 mod stats;
 mod traffic;
 
@@ -34,7 +35,7 @@ use clap::{Parser, ValueEnum};
 use proxy_tests::interrupt;
 use serde_json::{Value, json};
 
-use crate::contender::{ALL, Contender, Way};
+use crate::contender::{ALL, Contender, Scene, Way};
 use crate::kube_proxy::Mode;
 use crate::measure::Kind;
 use crate::traffic::Plan;
@@ -82,6 +83,12 @@ enum Part {
     Load,
     /// Nanoseconds of one program.
     Packet,
+    /// Across nodes, and from outside by NodePorts.
+    Scenes,
+    /// 30,000 Services against ten.
+    Scale,
+    /// Masqueraded connections of one client address, for minutes.
+    Sustain,
 }
 
 /// Contenders by name.
@@ -173,6 +180,25 @@ fn run(arguments: &Arguments) -> Result<()> {
         let services = arguments.services.iter().copied().max().unwrap_or(1);
         let starts = if arguments.quick { 3 } else { 10 };
         result["load"] = load::run(services, starts, arguments.changes)?;
+        write(arguments, &result)?;
+    }
+    let time = Duration::from_millis(arguments.time);
+    if arguments.has(Part::Scenes) {
+        let mut scenes = Vec::new();
+        let contenders = arguments.contenders(kube_proxy.is_some());
+        for scene in Scene::OTHERS {
+            scenes.push(scenes::scene(scene, &contenders, arguments.rounds, time, kube_proxy.as_deref())?);
+            result["scenes"] = Value::from(scenes.clone());
+            write(arguments, &result)?;
+        }
+    }
+    if arguments.has(Part::Scale) {
+        let many = if arguments.quick { 3_000 } else { 30_000 };
+        result["scale"] = scenes::scale(many, arguments.rounds, time)?;
+        write(arguments, &result)?;
+    }
+    if arguments.has(Part::Sustain) {
+        result["sustain"] = scenes::sustain(Duration::from_secs(if arguments.quick { 20 } else { 300 }))?;
         write(arguments, &result)?;
     }
     if arguments.has(Part::Packet) {

@@ -75,7 +75,7 @@ impl Kind {
 
 /// Measures for about `time`.
 pub(crate) fn measure(site: &Site, kind: Kind, time: Duration) -> Result<Sample> {
-    let client = site.client().netns();
+    let client = site.client();
     let (short, long, datagram) = (site.target(Port::Short), site.target(Port::Long), site.target(Port::Datagram));
     let rate = |report: proxy_tests::Result<RateReport>, cpu: f64, own: f64| -> Result<Sample> {
         let report = report?;

@@ -7,6 +7,8 @@ use proxy_tests::manifests::{Endpoint, EndpointSlice, Object as _, Service, Serv
 use proxy_tests::{Family, Pod};
 use serde_json::Value;
 
+use crate::contender::Scene;
+
 /// What is measured goes over this family.
 pub(crate) const FAMILY: Family = Family::V4;
 
@@ -24,6 +26,14 @@ impl Port {
         match self {
             Self::Short => 8000,
             Self::Long | Self::Datagram => 8001,
+        }
+    }
+
+    /// Where the Service is reached on the node's address.
+    pub(crate) const fn node_port(self) -> u16 {
+        match self {
+            Self::Short => 30_080,
+            Self::Long | Self::Datagram => 30_081,
         }
     }
 
@@ -57,9 +67,18 @@ pub(crate) fn service() -> Service {
 }
 
 /// The Service that is measured and its slice with one pod.
-pub(crate) fn measured(server: &Pod) -> [Value; 2] {
+pub(crate) fn measured(server: &Pod, scene: Scene) -> [Value; 2] {
     let service = service();
-    [service.to_json(), service.slice(FAMILY, std::slice::from_ref(server)).to_json()]
+    let mut object = service.to_json();
+    if scene.is_outside() {
+        let policy = if scene == Scene::OutsideLocal { "Local" } else { "Cluster" };
+        object["spec"]["type"] = "NodePort".into();
+        object["spec"]["externalTrafficPolicy"] = policy.into();
+        for (port, which) in [Port::Short, Port::Long, Port::Datagram].into_iter().enumerate() {
+            object["spec"]["ports"][port]["nodePort"] = which.node_port().into();
+        }
+    }
+    [object, service.slice(FAMILY, std::slice::from_ref(server)).to_json()]
 }
 
 /// The `number`-th Service that is only there, with its slice of two endpoints on another node.
@@ -70,7 +89,7 @@ pub(crate) fn filler(number: u16) -> [Value; 2] {
         vec![ServicePort::tcp("http", 80, 8080)],
     );
     // Above the pods that exist: 10.244.64.0 and later.
-    let first = 64 * 256 + 2 * number;
+    let first = 64 * 256 + 2 * (number % 24_000);
     let endpoint = |host| Endpoint { node: Some("other".to_owned()), ..Endpoint::at(cluster_cidr(FAMILY).host(host)) };
     let slice = EndpointSlice { endpoints: vec![endpoint(first), endpoint(first + 1)], ..service.slice(FAMILY, &[]) };
     [service.to_json(), slice.to_json()]

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
-use crate::contender::{Contender, NFTABLES, OURS, PLAIN, Site, Way};
+use crate::contender::{Contender, NFTABLES, OURS, PLAIN, Scene, Site, Way};
 use crate::measure::{Kind, Sample, measure};
 use crate::stats::{Budget, Estimate, Verdict, median};
 
@@ -25,10 +25,10 @@ pub(crate) struct Plan<'a> {
 type Samples = BTreeMap<(Kind, Contender), Vec<Sample>>;
 
 /// Two contenders compared in one quantity.
-struct Comparison {
-    text: String,
-    estimate: Estimate,
-    budget: Option<Budget>,
+pub(crate) struct Comparison {
+    pub(crate) text: String,
+    pub(crate) estimate: Estimate,
+    pub(crate) budget: Option<Budget>,
 }
 
 /// Measures with so many Services, prints tables, and returns everything as JSON.
@@ -37,7 +37,10 @@ pub(crate) fn run(plan: &Plan<'_>, services: u16) -> Result<Value> {
     println!("\n== {services} Services: {contenders} contenders, {rounds} rounds of {time:?}; /0 and /1: br_netfilter");
     let mut sites = Vec::new();
     for &contender in &plan.contenders {
-        sites.push(Site::build(contender, services, plan.kube_proxy).with_context(|| contender.to_string())?);
+        sites.push(
+            Site::build(contender, Scene::SameNode, services, plan.kube_proxy)
+                .with_context(|| contender.to_string())?,
+        );
     }
     let mut samples = Samples::new();
     // One round to warm up, which does not count.
@@ -150,14 +153,14 @@ impl Comparison {
         self.budget.map(|budget| self.estimate.against(budget))
     }
 
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         json!({
             "what": self.text, "estimate": self.estimate, "budget": self.budget, "verdict": self.verdict(),
         })
     }
 }
 
-fn print_comparisons(comparisons: &[Comparison]) {
+pub(crate) fn print_comparisons(comparisons: &[Comparison]) {
     let mut table = table();
     table.set_header(["", "mean", "95 % interval", "budget", "verdict"]);
     for comparison in comparisons {
