@@ -91,7 +91,11 @@ fn flows_go_on_over_an_upgrade_and_back() {
     let first = versions(&root);
     assert_eq!(first.len(), 1, "{first:?}");
     let kept = |scenario: &Scenario| {
-        (scenario.services(0).expect("services"), scenario.backends(0).expect("backends"), scenario.devices(0).expect("devices"))
+        (
+            scenario.services(0).expect("services"),
+            scenario.backends(0).expect("backends"),
+            scenario.devices(0).expect("devices"),
+        )
     };
     let tables = kept(&scenario);
     let stop = AtomicBool::new(false);
@@ -156,8 +160,7 @@ fn an_upgrade_that_is_killed_is_continued() {
         Deadline::secs(10).until("the upgrade has begun", || pin.exists()).expect("begun");
         agent.kill9().expect("killed");
         ping_all(&mut idle, SECOND).check("flows without an agent").expect("whole");
-        let (binary, version) =
-            if round == 1 { (&next, vec![NEXT.to_owned()]) } else { (&now, first.clone()) };
+        let (binary, version) = if round == 1 { (&next, vec![NEXT.to_owned()]) } else { (&now, first.clone()) };
         change(&mut scenario, binary);
         assert_eq!(versions(&root), version, "round {round}");
         assert_eq!(rows(&scenario, &idle), before, "round {round}");

@@ -137,7 +137,14 @@ pub fn status(pin_root: &Path, format: Format) -> Result<()> {
         .iter()
         .map(|row| {
             let percent = json!(format!("{}%", pressure(row)));
-            vec![json!(row.map), json!(row.used), json!(row.capacity), percent, mebibytes(row.bytes), mebibytes(row.bytes_full)]
+            vec![
+                json!(row.map),
+                json!(row.used),
+                json!(row.capacity),
+                percent,
+                mebibytes(row.bytes),
+                mebibytes(row.bytes_full),
+            ]
         })
         .collect();
     print(Format::Table, &["map", "used", "capacity", "pressure", "MiB now", "MiB when full"], rows)?;
@@ -148,8 +155,7 @@ pub fn status(pin_root: &Path, format: Format) -> Result<()> {
         write("")?;
     }
     if !drops.is_empty() {
-        let rows =
-            drops.iter().map(|(reason, n)| vec![json!(reason.name()), json!(n), json!(reason.text())]).collect();
+        let rows = drops.iter().map(|(reason, n)| vec![json!(reason.name()), json!(n), json!(reason.text())]).collect();
         print(Format::Table, &["dropped for", "packets", "meaning"], rows)?;
         write("")?;
     }
