@@ -125,7 +125,9 @@ extern "C" fn flow_twin(work: *mut Work, proto_family: u32, moves: u32) -> u32 {
         mode = BPF_ANY;
     }
     if moves == IN_LIVE {
-        let _ = FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST));
+        if FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)).is_ok() {
+            charge(&work.entry, 1);
+        }
     } else {
         let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode));
     }
@@ -147,8 +149,12 @@ extern "C" fn flow_transfer(work: *mut Work, proto_family: u32, moves: u32, hook
     let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
     own_key(work, proto_family as u16);
     if moves == PROMOTE {
-        if FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_ANY)).is_ok() {
+        if FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)).is_ok() {
             charge(&work.entry, 1);
+            return 0;
+        }
+        // Another CPU promotes it with the packet before or after, and has counted it; or there is no room.
+        if FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_ANY)).is_ok() {
             return 0;
         }
         count(if hook == Hook::FromPod as u32 { Hook::FromPod } else { Hook::ToPod }, Reason::FlowLiveFull, 0);
@@ -180,8 +186,9 @@ extern "C" fn flow_transfer(work: *mut Work, proto_family: u32, moves: u32, hook
 /// One less, in a sum that wraps.
 const LESS: u64 = u64::MAX;
 
-/// Counts a flow that comes into `flow_live` or leaves it, for the pod that began it: once for its two entries. Without a
-/// lock, so it drifts when two CPUs count at once: the agent counts anew every minute.
+/// Counts a flow that comes into `flow_live` or leaves it, for the pod that began it: once for its two entries, with every
+/// row that is made there and every one that is removed. Without a lock, so it drifts when two CPUs count at once: the
+/// agent counts anew every minute.
 #[inline(always)]
 fn charge(entry: &FlowEntry, change: u64) {
     if entry.flags & FlowEntry::KEY_ORIGINAL == 0 || entry.initiator_ifindex == 0 {
@@ -195,12 +202,13 @@ fn charge(entry: &FlowEntry, change: u64) {
     }
 }
 
-/// Has a pod begun as many established flows as one pod may?
+/// Has a pod begun as many established flows as one pod may? A sum that has drifted below zero is no
+/// multitude.
 #[inline(always)]
 pub(crate) fn is_over_quota(ifindex: u32) -> bool {
     let quota = POD_QUOTA.load();
     // SAFETY: a pointer into a map that was just found.
-    quota != 0 && POD_FLOWS.get_ptr(&ifindex).is_some_and(|count| unsafe { *count } >= u64::from(quota))
+    quota != 0 && POD_FLOWS.get_ptr(&ifindex).is_some_and(|count| unsafe { *count }.cast_signed() >= i64::from(quota))
 }
 
 /// Takes a flow whose initiator begins anew out of both tables, under both keys.
