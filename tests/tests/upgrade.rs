@@ -13,7 +13,7 @@ use proxy_tests::cluster::Links;
 use proxy_tests::scenario::matrix::{self, Setting, vip_of};
 use proxy_tests::scenario::{SERVICE_PORT, Scenario};
 use proxy_tests::traffic::flow::ping_all;
-use proxy_tests::traffic::{BusyFlows, Flow, Steady, SteadyOptions, tcp_exchange};
+use proxy_tests::traffic::{BusyFlows, Flow, Steady, SteadyOptions, connect_steadily, tcp_exchange};
 use proxy_tests::{Deadline, Family, Netns};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -91,11 +91,18 @@ fn flows_go_on_over_an_upgrade_and_back() {
     let first = versions(&root);
     assert_eq!(first.len(), 1, "{first:?}");
     let kept = |scenario: &Scenario| {
-        (scenario.services(0).expect("services"), scenario.backends(0).expect("backends"), scenario.devices(0).expect("devices"))
+        (
+            scenario.services(0).expect("services"),
+            scenario.backends(0).expect("backends"),
+            scenario.devices(0).expect("devices"),
+        )
     };
     let tables = kept(&scenario);
     let stop = AtomicBool::new(false);
-    let transfers = thread::scope(|scope| {
+    let (transfers, connections) = thread::scope(|scope| {
+        // Its errors are bounded, not none: a connection may be made in the moment that the two versions do not share.
+        let connecting =
+            scope.spawn(|| connect_steadily(&a, target("b", Family::V4), 4, 200, 10 * SECOND).expect("connections"));
         let bulk = scope.spawn(|| {
             let mut transfers = 0;
             while !stop.load(Ordering::Relaxed) {
@@ -113,8 +120,11 @@ fn flows_go_on_over_an_upgrade_and_back() {
             assert_eq!(kept(&scenario), tables, "tables under {version:?}");
         }
         stop.store(true, Ordering::Relaxed);
-        bulk.join().expect("bulk")
+        (bulk.join().expect("bulk"), connecting.join().expect("connections"))
     });
+    eprintln!("new connections meanwhile: {connections}, slowest {:?}", connections.quantile(1.0));
+    assert!(connections.operations > 1000, "{connections}");
+    assert!(connections.errors * 100 <= connections.operations, "{connections}: {:?}", connections.first_error);
     for flows in busy {
         let report = flows.stop().check("busy flows").expect("whole");
         eprintln!("busy flows: {report:?}");
@@ -156,8 +166,7 @@ fn an_upgrade_that_is_killed_is_continued() {
         Deadline::secs(10).until("the upgrade has begun", || pin.exists()).expect("begun");
         agent.kill9().expect("killed");
         ping_all(&mut idle, SECOND).check("flows without an agent").expect("whole");
-        let (binary, version) =
-            if round == 1 { (&next, vec![NEXT.to_owned()]) } else { (&now, first.clone()) };
+        let (binary, version) = if round == 1 { (&next, vec![NEXT.to_owned()]) } else { (&now, first.clone()) };
         change(&mut scenario, binary);
         assert_eq!(versions(&root), version, "round {round}");
         assert_eq!(rows(&scenario, &idle), before, "round {round}");

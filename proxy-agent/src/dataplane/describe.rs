@@ -53,8 +53,7 @@ pub const POD_QUOTA: &str = "pod_quota";
 
 const LAYOUT: Layout =
     Layout { name: map::LAYOUT, kind: MapType::Array, key: size_u32::<u32>(), value: size_u32::<LayoutRow>() };
-const UNUSED: LayoutRow =
-    LayoutRow { map: [0; 16], name: [0; 36], part: LayoutRow::UNUSED, offset: 0, size: 0 };
+const UNUSED: LayoutRow = LayoutRow { map: [0; 16], name: [0; 36], part: LayoutRow::UNUSED, offset: 0, size: 0 };
 
 fn shape<T: Fields>() -> Shape {
     let mut shape = Shape::new();
@@ -177,7 +176,6 @@ impl Description {
         found
     }
 }
-
 
 fn padded<const N: usize>(text: &str) -> Option<[u8; N]> {
     let mut bytes = [0; N];

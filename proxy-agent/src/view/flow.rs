@@ -69,12 +69,7 @@ fn state_number(text: &str) -> Result<u8, String> {
 impl FlowFilter {
     fn is_empty(&self) -> bool {
         let Self { pod, service, address, port, proto, state } = self;
-        pod.is_none()
-            && service.is_none()
-            && address.is_none()
-            && port.is_none()
-            && proto.is_none()
-            && state.is_none()
+        pod.is_none() && service.is_none() && address.is_none() && port.is_none() && proto.is_none() && state.is_none()
     }
 
     /// With names replaced by numbers.

@@ -36,7 +36,8 @@ pub(crate) fn build(workspace: &Workspace) -> Result<Vec<TestBinary>> {
     // The tests of one package start the programs of another; `cargo test` would not build those.
     process::run(workspace.cargo().args(["build", "--workspace", "--bins", "--locked"]))?;
     // What the test of upgrades upgrades to. It shares all dependencies with the agent itself.
-    let next = ["build", "--package", "proxy-agent", "--bin", "proxy-agent-next", "--features", "layout-next", "--locked"];
+    let next =
+        ["build", "--package", "proxy-agent", "--bin", "proxy-agent-next", "--features", "layout-next", "--locked"];
     process::run(workspace.cargo().args(next))?;
     let mut command = workspace.cargo();
     command.args(["test", "--workspace", "--all-targets", "--no-run", "--locked"]);
