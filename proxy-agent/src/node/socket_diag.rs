@@ -2,7 +2,8 @@
 //!
 //! `connect()` to a Service over UDP puts the backend's address into the socket, once. When that backend goes, nothing
 //! tells the application: its datagrams go to an address where nobody is. So the agent ends the socket as `ss --kill`
-//! does: the next call on it fails with ECONNABORTED, and the application connects again, to another backend.
+//! does: receiving on it fails with ECONNABORTED, sending with EDESTADDRREQ, and the application connects again, to another
+//! backend.
 //!
 //! ```text
 //!   inet_diag_req_v2: | family 1 | protocol 1 | extensions 1 | 0 | states 4 | id 48 |        include/uapi/linux/inet_diag.h
