@@ -29,6 +29,7 @@ use crate::serve::listen::{self, Own};
 use crate::serve::metrics::{Packets, Round, Sweep, Usage};
 use crate::serve::service::Addresses;
 use crate::serve::{Health, Metrics, Notice, Notices, health, service, status};
+use crate::sockets::StaleSockets;
 
 /// Everything the agent is told at its start.
 #[derive(Debug)]
@@ -358,6 +359,7 @@ async fn reconcile(
     // When the last source had been read: what is measured from there is ours.
     let mut listed = None;
     let mut burst = Vec::with_capacity(BURST);
+    let mut stale = StaleSockets::default();
     world.publish(&Facts::default());
     loop {
         let retry = retry_at.map(|at| start + Duration::from_millis(at));
@@ -395,6 +397,7 @@ async fn reconcile(
         for (op, error) in report.failed.iter().filter(|(_, e)| !e.is_interface_gone()) {
             tracing::error!(?op, error = error as &dyn std::error::Error, "map operation failed; tried again");
         }
+        stale.end(&bpf.take_ended(), bpf.maps());
         if report.facts_changed {
             world.publish(&reconciler.facts());
         }

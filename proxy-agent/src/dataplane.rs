@@ -185,6 +185,7 @@ pub struct Bpf {
     maps: Maps,
     pins: Pins,
     way: Way,
+    ended: BTreeMap<(u32, u32), BackendEntry>,
 }
 
 impl Bpf {
@@ -239,12 +240,24 @@ impl Bpf {
         for (ifindex, _) in rows.iter().filter(unfinished) {
             maps.device.delete(ifindex)?;
         }
-        Ok(Self { _lock: lock, ebpf, maps, pins, way })
+        Ok(Self { _lock: lock, ebpf, maps, pins, way, ended: BTreeMap::new() })
     }
 
     /// The open maps.
     pub const fn maps(&self) -> &Maps {
         &self.maps
+    }
+
+    /// UDP backends that serve no more since this was last asked, by id and generation.
+    pub fn take_ended(&mut self) -> BTreeMap<(u32, u32), BackendEntry> {
+        std::mem::take(&mut self.ended)
+    }
+
+    fn delete_backend(&mut self, id: u32) -> Result<(), Error> {
+        if let Some(was) = self.maps.backend.get(&id)?.filter(|was| was.proto == Proto::UDP) {
+            self.ended.insert((id, was.generation), was);
+        }
+        self.maps.backend.set(&id, &NO_BACKEND)
     }
 
     /// How programs are attached.
@@ -412,7 +425,7 @@ impl Dataplane for Bpf {
             Op::SetService(id, entry) => self.maps.service.set(id, entry),
             Op::DeleteService(id) => self.maps.service.delete(id).map(|_| ()),
             Op::SetBackend(id, entry) => self.maps.backend.set(id, entry),
-            Op::DeleteBackend(id) => self.maps.backend.set(id, &NO_BACKEND),
+            Op::DeleteBackend(id) => self.delete_backend(*id),
             Op::SetSlot(slot, backend) => self.maps.slot.set(slot, backend),
             Op::DeleteSlot(slot) => self.maps.slot.set(slot, &0),
             Op::SetFrontend(key, entry) => self.maps.frontend.set(key, entry),

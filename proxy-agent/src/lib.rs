@@ -17,4 +17,5 @@ pub mod k8s;
 pub mod kubeproxy;
 pub mod node;
 pub mod serve;
+pub mod sockets;
 pub mod view;

@@ -26,6 +26,7 @@ pub mod conntrack;
 pub mod netlink;
 pub mod path;
 mod report;
+pub mod socket_diag;
 mod view;
 pub mod wire;
 

@@ -13,7 +13,7 @@ use proxy_tests::cluster::Links;
 use proxy_tests::scenario::matrix::{self, Setting, vip_of};
 use proxy_tests::scenario::{SERVICE_PORT, Scenario};
 use proxy_tests::traffic::flow::ping_all;
-use proxy_tests::traffic::{BusyFlows, Flow, Steady, SteadyOptions, tcp_exchange};
+use proxy_tests::traffic::{BusyFlows, Flow, Steady, SteadyOptions, connect_steadily, tcp_exchange};
 use proxy_tests::{Deadline, Family, Netns};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -99,7 +99,10 @@ fn flows_go_on_over_an_upgrade_and_back() {
     };
     let tables = kept(&scenario);
     let stop = AtomicBool::new(false);
-    let transfers = thread::scope(|scope| {
+    let (transfers, connections) = thread::scope(|scope| {
+        // Its errors are bounded, not none: a connection may be made in the moment that the two versions do not share.
+        let connecting =
+            scope.spawn(|| connect_steadily(&a, target("b", Family::V4), 4, 200, 10 * SECOND).expect("connections"));
         let bulk = scope.spawn(|| {
             let mut transfers = 0;
             while !stop.load(Ordering::Relaxed) {
@@ -117,8 +120,11 @@ fn flows_go_on_over_an_upgrade_and_back() {
             assert_eq!(kept(&scenario), tables, "tables under {version:?}");
         }
         stop.store(true, Ordering::Relaxed);
-        bulk.join().expect("bulk")
+        (bulk.join().expect("bulk"), connecting.join().expect("connections"))
     });
+    eprintln!("new connections meanwhile: {connections}, slowest {:?}", connections.quantile(1.0));
+    assert!(connections.operations > 1000, "{connections}");
+    assert!(connections.errors * 100 <= connections.operations, "{connections}: {:?}", connections.first_error);
     for flows in busy {
         let report = flows.stop().check("busy flows").expect("whole");
         eprintln!("busy flows: {report:?}");

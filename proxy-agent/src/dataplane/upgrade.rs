@@ -19,9 +19,11 @@
 //! An agent that is killed at any point is continued by the next one, of either version: as long as both directories
 //! are there, everything is done again, and a flow that is there already is only replaced by one that was seen later.
 //!
-//! Between the last round of 3 and the end of 5 each version's programs make flows that the other's cannot see. A
-//! handshake that falls in it is repeated by its client after a second; flows of before are in both maps. It lasts as long
-//! as it takes to read the flow tables once, and is logged.
+//! Flows of before the last round of 3 are in both versions' maps, whatever programs they meet. One that is made from
+//! there to the swap is known to our programs only when it has been copied, which takes as long as reading the flow
+//! tables once; the time is logged as `window`. A packet that comes in between finds no flow: the client's is dropped and
+//! repeated, a backend's reaches the client untranslated, and such a connection may be reset. Where the layout of flows
+//! did not change there is no such time, because both versions' programs use one map.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -43,7 +45,7 @@ use super::sysbpf::{self, Rows, Write};
 
 mod row;
 
-use row::{Convert, Stamp};
+use row::Convert;
 
 /// Rounds of copying before the swap, at most: a node whose flows change faster than they are read is swapped anyhow.
 const ROUNDS: usize = 6;
@@ -56,7 +58,8 @@ pub struct Upgrade {
     from: Pins,
     description: Option<Description>,
     copies: Vec<Copy>,
-    swapped: Option<Instant>,
+    /// From the first swap until all that the other version's programs had made was in our maps.
+    window: Duration,
 }
 
 /// One map that is copied.
@@ -97,7 +100,7 @@ pub fn find(pins: &Pins) -> Result<Vec<Upgrade>, Error> {
                 }
             }
         }
-        found.push(Upgrade { from, description, copies: Vec::new(), swapped: None });
+        found.push(Upgrade { from, description, copies: Vec::new(), window: Duration::ZERO });
     }
     Ok(found)
 }
@@ -173,10 +176,11 @@ impl Upgrade {
             }
         }
         let copied = start.elapsed();
-        self.swapped = Some(Instant::now());
+        let swapped = Instant::now();
         let links = self.swap(ebpf, pins)?;
         self.catch_up()?;
-        tracing::info!(version, links, ?copied, "programs of another version are replaced");
+        self.window = swapped.elapsed();
+        tracing::info!(version, links, ?copied, window = ?self.window, "programs of another version are replaced");
         Ok(())
     }
 
@@ -326,7 +330,8 @@ impl Copy {
             }
             let done = if careful {
                 let mine = before.map(|(_, mine)| mine);
-                write_carefully(target, &key, &value, convert.stamp(), |now| mine == Some(hasher.hash_one(now)))
+                let is_worth_less = |now: &[u8]| mine == Some(hasher.hash_one(now)) || convert.is_better(&value, now);
+                write_carefully(target, &key, &value, is_worth_less)
             } else {
                 target.set(&key, &value, Write::Any).map(|()| true)
             };
@@ -374,23 +379,14 @@ impl Copy {
     }
 }
 
-/// Writes what nobody has written meanwhile; false when somebody has, and knows as much. `is_mine`: what is there is what
-/// a former round wrote.
-fn write_carefully(
-    target: &Rows,
-    key: &[u8],
-    value: &[u8],
-    stamp: Option<Stamp>,
-    is_mine: impl Fn(&[u8]) -> bool,
-) -> io::Result<bool> {
+/// Writes where nothing is, or what is worth less; false when something else is there.
+fn write_carefully(target: &Rows, key: &[u8], value: &[u8], is_worth_less: impl Fn(&[u8]) -> bool) -> io::Result<bool> {
     match target.get(key)? {
         None => match target.set(key, value, Write::New) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
             done => done.map(|()| true),
         },
-        Some(now) if is_mine(&now) || stamp.is_some_and(|stamp| stamp.of(value) > stamp.of(&now)) => {
-            target.set(key, value, Write::Any).map(|()| true)
-        }
+        Some(now) if is_worth_less(&now) => target.set(key, value, Write::Any).map(|()| true),
         Some(_) => Ok(false),
     }
 }

@@ -23,7 +23,7 @@ pub(super) const FLAG_DUMP: u16 = 0x300;
 pub(super) const FLAG_DUMP_INTERRUPTED: u16 = 0x10;
 const FLAG_REQUEST: u16 = 1;
 /// Asks for an answer even where there is nothing to tell.
-const FLAG_ACK: u16 = 4;
+pub(super) const FLAG_ACK: u16 = 4;
 
 /// An answer of the kernel to a request: its errno, or 0.
 pub(super) const KIND_ERROR: u16 = 2;

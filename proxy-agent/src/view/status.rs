@@ -27,10 +27,10 @@ struct Count {
     bytes: u64,
 }
 
-/// Entries in percent of the capacity.
-fn pressure(usage: &Usage) -> f64 {
-    let used = u32::try_from(usage.used).unwrap_or(u32::MAX);
-    (f64::from(used) * 1000.0 / f64::from(usage.capacity.max(1))).round() / 10.0
+/// Entries in percent of the capacity, rounded up: one is more than none.
+fn pressure(usage: &Usage) -> u64 {
+    let used = u64::try_from(usage.used).unwrap_or(u64::MAX);
+    used.saturating_mul(100).div_ceil(u64::from(usage.capacity.max(1)))
 }
 
 fn counts(maps: &Maps) -> Result<Vec<Count>> {
@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn pressure_is_in_percent() {
         let usage = |used, capacity| Usage { map: "service", used, capacity, bytes: None, bytes_full: None };
-        let found = [usage(0, 256), usage(128, 256), usage(1, 3), usage(5, 0)].map(|row| pressure(&row));
-        assert_eq!(found, [0.0, 50.0, 33.3, 500.0]);
+        let found = [usage(0, 256), usage(1, 256), usage(128, 256), usage(5, 0)].map(|row| pressure(&row));
+        assert_eq!(found, [0, 1, 50, 500]);
     }
 }

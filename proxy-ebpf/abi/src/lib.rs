@@ -71,7 +71,7 @@ macro_rules! abi {
             assert!(core::mem::size_of::<$name>() == $size, "size is part of the map layout");
             assert!(sum == $size, "padding is not allowed");
         };
-        #[allow(unused_doc_comments, reason = "the fields' documentation comes along with their cfg")]
+        #[expect(unused_doc_comments, reason = "the fields' documentation comes along with their cfg")]
         impl $crate::Fields for $name {
             const FIELDS: &'static [$crate::Field] = &[ $(
                 $(#[$fmeta])*

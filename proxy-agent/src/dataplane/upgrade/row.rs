@@ -7,7 +7,10 @@ use super::super::describe::{Entry, Place, Shape};
 pub(super) struct Convert {
     key: Plan,
     value: Plan,
-    stamp: Option<Stamp>,
+    /// Service port of a flow.
+    service: Option<Place>,
+    /// CLOCK_MONOTONIC in nanoseconds of the last use.
+    used: Option<Place>,
 }
 
 /// Bytes that go from one place to another.
@@ -24,21 +27,14 @@ struct Plan {
     size: usize,
 }
 
-/// Where a value says when it was last used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Stamp(Place);
-
-/// Names of fields that hold a time of CLOCK_MONOTONIC in nanoseconds.
-const STAMPS: [&str; 2] = ["last_seen", "last_used"];
-
 impl Convert {
     /// From one description to another; `None` when a description names bytes that the map does not have.
     pub(super) fn new(from: &Entry, to: &Entry, from_sizes: (usize, usize), to_sizes: (usize, usize)) -> Option<Self> {
-        let stamp = STAMPS.iter().find_map(|name| to.value.get(*name)).filter(|place| place.size == 8);
         Some(Self {
             key: Plan::new(&from.key, &to.key, from_sizes.0, to_sizes.0)?,
             value: Plan::new(&from.value, &to.value, from_sizes.1, to_sizes.1)?,
-            stamp: stamp.copied().map(Stamp),
+            service: to.value.get("service").copied(),
+            used: ["last_seen", "last_used"].iter().find_map(|name| to.value.get(*name).copied()),
         })
     }
 
@@ -47,17 +43,24 @@ impl Convert {
         Some((self.key.apply(key)?, self.value.apply(value)?))
     }
 
-    /// Where a converted value says when it was last used.
-    pub(super) const fn stamp(&self) -> Option<Stamp> {
-        self.stamp
+    /// Of two values under one key, both in our layout: is the first to be kept? Later use is; and in any case a flow
+    /// through a Service in place of a direct one, for which our programs took its packets while they did not know it.
+    pub(super) fn is_better(&self, one: &[u8], other: &[u8]) -> bool {
+        let is_of_service = |value| self.service.and_then(|place| number(value, place)).is_some_and(|id| id != 0);
+        let used = |value| self.used.and_then(|place| number(value, place));
+        match (is_of_service(one), is_of_service(other)) {
+            (true, false) => true,
+            (false, true) => false,
+            _ => used(one) > used(other),
+        }
     }
 }
 
-impl Stamp {
-    /// The time of a value.
-    pub(super) fn of(self, value: &[u8]) -> u64 {
-        bytes(value, self.0).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_ne_bytes)
-    }
+/// A number of at most eight bytes.
+fn number(value: &[u8], place: Place) -> Option<u64> {
+    let mut wide = [0; 8];
+    resize(bytes(value, place)?, &mut wide)?;
+    Some(u64::from_ne_bytes(wide))
 }
 
 impl Plan {
@@ -135,11 +138,14 @@ fn resize(source: &[u8], target: &mut [u8]) -> Option<()> {
 mod tests {
     use super::*;
 
-    fn shape(fields: &[(&str, usize, usize)]) -> Shape {
+    /// Name, offset and size of each.
+    type Fields<'a> = &'a [(&'a str, usize, usize)];
+
+    fn shape(fields: Fields<'_>) -> Shape {
         fields.iter().map(|(name, offset, size)| ((*name).to_owned(), Place { offset: *offset, size: *size })).collect()
     }
 
-    fn converted(from: &[(&str, usize, usize)], to: &[(&str, usize, usize)], bytes: &[u8]) -> Option<Vec<u8>> {
+    fn converted(from: Fields<'_>, to: Fields<'_>, bytes: &[u8]) -> Option<Vec<u8>> {
         let (from, to) = (shape(from), shape(to));
         let size = |shape: &Shape| shape.values().map(|place| place.offset + place.size).max().unwrap_or(0);
         Plan::new(&from, &to, size(&from), size(&to)).expect("a plan").apply(bytes)
@@ -150,7 +156,7 @@ mod tests {
         let one = 1_u32.to_ne_bytes();
         let wide = 1_u64.to_ne_bytes();
         let huge = u64::MAX.to_ne_bytes();
-        let table: [(&str, &[(&str, usize, usize)], &[(&str, usize, usize)], &[u8], Option<&[u8]>); 8] = [
+        let table: [(&str, Fields<'_>, Fields<'_>, &[u8], Option<&[u8]>); 8] = [
             ("the same", &[("a", 0, 2), ("b", 2, 2)], &[("a", 0, 2), ("b", 2, 2)], &[1, 2, 3, 4], Some(&[1, 2, 3, 4])),
             (
                 "another order",
@@ -199,11 +205,23 @@ mod tests {
     }
 
     #[test]
-    fn the_later_use_is_found() {
-        let entry = Entry { key: shape(&[("", 0, 4)]), value: shape(&[("x", 0, 8), ("last_seen", 8, 8)]) };
-        let convert = Convert::new(&entry, &entry, (4, 16), (4, 16)).expect("a plan");
-        let stamp = convert.stamp().expect("a field of that name");
-        let value = [7_u64.to_ne_bytes(), 9_u64.to_ne_bytes()].concat();
-        assert_eq!(stamp.of(&value), 9);
+    fn of_two_values_the_better_is_kept() {
+        let entry = |value: Fields<'_>| Entry { key: shape(&[("", 0, 4)]), value: shape(value) };
+        let flow = entry(&[("last_seen", 0, 8), ("service", 8, 4)]);
+        let flow = Convert::new(&flow, &flow, (4, 12), (4, 12)).expect("a plan");
+        let value = |used: u64, service: u32| [&used.to_ne_bytes()[..], &service.to_ne_bytes()].concat();
+        let table = [
+            ("later", value(2, 7), value(1, 7), true),
+            ("as late", value(2, 7), value(2, 7), false),
+            ("earlier", value(1, 7), value(2, 7), false),
+            ("earlier, of a Service", value(1, 7), value(2, 0), true),
+            ("later, direct", value(2, 0), value(1, 7), false),
+        ];
+        for (name, one, other, expected) in table {
+            assert_eq!(flow.is_better(&one, &other), expected, "{name}");
+        }
+        let plain = entry(&[("", 0, 4)]);
+        let plain = Convert::new(&plain, &plain, (4, 4), (4, 4)).expect("a plan");
+        assert!(!plain.is_better(&[1; 4], &[2; 4]), "what says nothing of itself stays");
     }
 }
