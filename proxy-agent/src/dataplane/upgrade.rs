@@ -201,11 +201,10 @@ impl Upgrade {
             }
         }
         self.from.remove_version()?;
-        let window = self.swapped.map_or(Duration::ZERO, |at| at.elapsed());
         tracing::info!(
             version = self.from.version_number(),
             ?carried,
-            ?window,
+            window = ?self.window,
             "flows of another version are carried over"
         );
         Ok(())
