@@ -208,12 +208,12 @@ struct RunArgs {
     #[arg(long, value_name = "all|none|CIDR[,CIDR]")]
     external_ips: Option<ExternalIps>,
     /// Entries for established TCP flows; two for each that is translated. Applies when the map is first made. Twice
-    /// what --conntrack-max-per-core and --conntrack-min ask for, if either is given; otherwise one for each 32 KiB of
-    /// the node's memory (8 GiB: 262144), of which they take less than 1 % when full.
+    /// what --conntrack-max-per-core and --conntrack-min ask for, if either is given; otherwise by the node's memory:
+    /// one for each 32 KiB up to 262144, and from 16 GiB on one for each 64 KiB, which takes less than 1 % of it when full.
     #[arg(long, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
     flow_live_entries: Option<u32>,
-    /// Entries for handshakes, closing TCP and UDP. Applies when the map is first made. By default one for each 128 KiB
-    /// of the node's memory (8 GiB: 65536).
+    /// Entries for handshakes, closing TCP and UDP. Applies when the map is first made. By default a
+    /// quarter of what memory gives for established flows (8 GiB: 65536).
     #[arg(long, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
     flow_brief_entries: Option<u32>,
     /// Established flows through Services that one pod may have begun; further connections of it are refused. 0 for any

@@ -10,6 +10,7 @@ use proxy_tests::agent::run_refused;
 use proxy_tests::cluster::{ClusterSpec, Links, NodeSpec};
 use proxy_tests::scenario::footprint::{Footprint, link_exists, link_ids, pins};
 use proxy_tests::scenario::matrix::{self, Setting, vip_of};
+use proxy_tests::scenario::views::DeviceRow;
 use proxy_tests::scenario::{SERVICE_PORT, Scenario};
 use proxy_tests::traffic::flow::ping_all;
 use proxy_tests::traffic::{BusyFlows, Flow, Steady, SteadyOptions, UdpOptions, tcp_exchange, udp_exchange};
@@ -138,12 +139,17 @@ fn everything_works_while_the_agent_is_down() {
     assert_eq!(mine.count(), flows.len(), "{listed:#?}");
 
     // A pod that comes and a backend that goes meanwhile are found by the next agent.
+    let b = scenario.cluster().pod("b").expect("pod").host_veth().ifindex;
     let late = scenario.cluster().add_pod("node1", "late").expect("pod");
     scenario.cluster().node("node1").expect("node").remove_pod("b").expect("removed");
     scenario.agent_mut(0).restart().expect("healthy");
     scenario.wait_pods(0).expect("the new pod is known");
-    let two = || scenario.devices(0).is_ok_and(|devices| devices.len() == 2);
-    Deadline::secs(10).until("a and late are there, b has gone", two).expect("two devices");
+    let is_there = |ifindex| move |row: &DeviceRow| row.ifindex == ifindex;
+    let changed = || {
+        let rows = scenario.devices(0).expect("list");
+        rows.iter().any(is_there(late.host_veth().ifindex)) && !rows.iter().any(is_there(b))
+    };
+    Deadline::secs(10).until("late is there, b has gone", changed).expect("both");
     ask(late.netns(), "d", Family::V4);
     ask(late.netns(), "a", Family::V6);
 }

@@ -16,6 +16,8 @@
 //!
 //! A restarted agent recognises all of its kernel state by these names.
 
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -120,7 +122,6 @@ impl Maps {
             service |_, _| true;
             frontend |_, _| true;
             backend |_, entry| *entry != NO_BACKEND;
-            slot |_, backend| *backend != 0;
             device |_, _| true;
             local_pod |_, _| true;
             prefix |_, _| true;
@@ -130,6 +131,14 @@ impl Maps {
             socket |_, _| true;
             pod_flows |_, _| true;
         }
+        // By the ranges that frontends own: to look at every slot would take longer than all else.
+        let mut ranges = BTreeMap::new();
+        self.frontend.scan(|_, entry| {
+            ranges.insert(entry.first, entry.count as usize);
+            ControlFlow::Continue(())
+        })?;
+        let slots = &self.slot;
+        all.push(any(slots.layout(), ranges.values().sum(), slots.capacity(), slots.memory()));
         Ok(all)
     }
 }

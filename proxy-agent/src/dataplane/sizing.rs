@@ -1,13 +1,15 @@
 //! How large the flow tables are, and what that costs.
 //!
 //! ```text
-//!   flow_live    one entry for each  32 KiB of memory    256 MiB: 8,192    8 GiB: 262,144    256 GiB: 8,388,608
-//!   flow_brief   one entry for each 128 KiB of memory    256 MiB: 2,048    8 GiB:  65,536    256 GiB: 2,097,152
+//!   memory       256 MiB     1 GiB     8 GiB    16 GiB    64 GiB     256 GiB
+//!   flow_live      8,192    32,768   262,144   262,144   1,048,576   4,194,304     one entry for each 64 KiB; below 16 GiB
+//!   flow_brief     2,048     8,192    65,536    65,536     262,144   1,048,576     one for each 32 KiB; brief: a quarter
 //! ```
 //!
-//! Rounded down to a power of two, because the buckets are; never less than 256, never more than 16,777,216. Full, both
-//! together take less than 1.1 % of the memory: 272 bytes for each entry of the first, 240 for each of the second. The
-//! second, which is evictable, is allocated at once; the first as flows come, but for its buckets (16 bytes each).
+//! Never less than 256, never more than 16,777,216, and a power of two, because the buckets are: the next below memory and
+//! an eighth, for a machine of 8 GiB says that it has less. Full, both together take less than 1.2 % of the memory: 272
+//! bytes for each entry of the first, 240 for each of the second. The second, which is evictable, is allocated at once;
+//! the first as flows come, but for its buckets (16 bytes each).
 //!
 //! Memory is that of the node, or twice the limit of the agent's own cgroup where that is less: the kernel charges maps
 //! to whoever made them.
@@ -15,6 +17,7 @@
 use std::fs;
 
 use aya::maps::MapType;
+use proxy_abi::capacity;
 
 use super::map::Layout;
 
@@ -35,11 +38,13 @@ pub const MOST: u32 = 16_777_216;
 impl Entries {
     /// For a node with so many bytes of memory.
     pub fn for_memory(bytes: u64) -> Self {
+        let bytes = bytes.saturating_add(bytes / 8);
         let of = |unit: u64| {
             let most = (bytes / unit).clamp(FEWEST.into(), MOST.into());
             1_u32 << most.ilog2()
         };
-        Self { live: of(32 << 10), brief: of(128 << 10) }
+        let live = of(64 << 10).max(of(32 << 10).min(capacity::FLOW_LIVE));
+        Self { live, brief: (live / 4).max(FEWEST) }
     }
 }
 
@@ -100,8 +105,6 @@ fn slab(bytes: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use proxy_abi::capacity;
-
     use super::super::pins::LAYOUTS;
     use super::*;
 
@@ -112,11 +115,12 @@ mod tests {
             (0, (256, 256)),
             (mib, (256, 256)),
             (256 * mib, (8_192, 2_048)),
-            (2 * gib - 1, (32_768, 8_192)),
-            (8 * gib, (capacity::FLOW_LIVE, capacity::FLOW_BRIEF)),
-            (16 * gib - 1, (capacity::FLOW_LIVE, capacity::FLOW_BRIEF)),
-            (256 * gib, (8_388_608, 2_097_152)),
-            (u64::MAX, (MOST, MOST)),
+            (gib, (32_768, 8_192)),
+            (8 * gib - gib / 8, (capacity::FLOW_LIVE, capacity::FLOW_BRIEF)),
+            (16 * gib, (capacity::FLOW_LIVE, capacity::FLOW_BRIEF)),
+            (32 * gib - gib, (524_288, 131_072)),
+            (256 * gib, (4_194_304, 1_048_576)),
+            (u64::MAX, (MOST, MOST / 4)),
         ];
         let found = table.map(|(bytes, _)| (bytes, Entries::for_memory(bytes)));
         assert_eq!(found, table.map(|(bytes, (live, brief))| (bytes, Entries { live, brief })));
@@ -129,7 +133,7 @@ mod tests {
             let entries = Entries::for_memory(memory);
             let live = bytes_when_full(&flows(proxy_abi::map::FLOW_LIVE), entries.live).expect("a hash table");
             let brief = bytes_when_full(&flows(proxy_abi::map::FLOW_BRIEF), entries.brief).expect("a hash table");
-            assert!((live + brief) * 1000 < memory * 11, "{live} + {brief} of {memory}");
+            assert!((live + brief) * 1000 < memory * 12, "{live} + {brief} of {memory}");
         }
     }
 

@@ -106,34 +106,22 @@ struct LinkCreateAttr {
 /// `BPF_F_BEFORE` without a relative: in front of all others.
 const BEFORE: u32 = 1 << 3;
 
-/// Attaches a program to an interface with tcx (Linux 6.6), in front of all others.
-pub fn link_create_tcx(program: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> io::Result<OwnedFd> {
-    let mut attr = LinkCreateAttr {
-        program: raw(program),
-        target: ifindex,
-        attach_type,
-        flags: BEFORE,
-        relative: 0,
-        reserved: 0,
-        expected_revision: 0,
-    };
+fn link_create(program: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
+    let program = raw(program);
+    let mut attr =
+        LinkCreateAttr { program, target, attach_type, flags, relative: 0, reserved: 0, expected_revision: 0 };
     // SAFETY: no pointers.
     own(unsafe { bpf(command::LINK_CREATE, &mut attr) }?)
 }
 
+/// Attaches a program to an interface with tcx (Linux 6.6), in front of all others.
+pub fn link_create_tcx(program: BorrowedFd<'_>, ifindex: u32, attach_type: u32) -> io::Result<OwnedFd> {
+    link_create(program, ifindex, attach_type, BEFORE)
+}
+
 /// Attaches a program to a cgroup.
 pub fn link_create_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
-    let mut attr = LinkCreateAttr {
-        program: raw(program),
-        target: raw(cgroup),
-        attach_type,
-        flags: 0,
-        relative: 0,
-        reserved: 0,
-        expected_revision: 0,
-    };
-    // SAFETY: no pointers.
-    own(unsafe { bpf(command::LINK_CREATE, &mut attr) }?)
+    link_create(program, raw(cgroup), attach_type, 0)
 }
 
 /// Swaps the program behind a link; no packet sees neither. `ENOLINK`: the interface is gone.
@@ -514,6 +502,7 @@ impl Rows {
 /// Makes an array map. Nobody has it but us until it is pinned.
 pub fn map_create_array(name: &str, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
+    #[derive(Default)]
     struct Attr {
         kind: u32,
         key_size: u32,
@@ -525,16 +514,7 @@ pub fn map_create_array(name: &str, value_size: u32, entries: u32) -> io::Result
         name: [u8; 16],
     }
     // BPF_MAP_TYPE_ARRAY; BPF_OBJ_NAME_LEN counts a zero byte at the end.
-    let mut attr = Attr {
-        kind: 2,
-        key_size: 4,
-        value_size,
-        max_entries: entries,
-        flags: 0,
-        inner: 0,
-        numa_node: 0,
-        name: [0; 16],
-    };
+    let mut attr = Attr { kind: 2, key_size: 4, value_size, max_entries: entries, ..Attr::default() };
     attr.name.iter_mut().take(15).zip(name.bytes()).for_each(|(to, from)| *to = from);
     // SAFETY: no pointers.
     own(unsafe { bpf(command::MAP_CREATE, &mut attr) }?)
