@@ -82,7 +82,7 @@ fn one_pod_floods_and_the_others_do_not_notice() {
     let [a, c, e] = ["a", "c", "e"].map(|name| scenario.cluster().pod(name).expect("pod"));
     let family = |number: usize| Family::BOTH[number % 2];
     let mut idle: Vec<_> =
-        (0..900).map(|n| Flow::open(a.netns(), target(family(n)), 0, SECOND).expect("a flow")).collect();
+        (0..1008).map(|n| Flow::open(a.netns(), target(family(n)), 0, SECOND).expect("a flow")).collect();
     ping_all(&mut idle, SECOND).check("idle flows before").expect("whole");
     let ms = Duration::from_millis(20);
     let busy =
@@ -114,7 +114,7 @@ fn one_pod_floods_and_the_others_do_not_notice() {
 
     // Nobody else is harmed: established flows, quiet and busy, and new connections.
     let whole = ping_all(&mut idle, SECOND).check("idle flows after").expect("whole");
-    assert_eq!(whole.flows, 900);
+    assert_eq!(whole.flows, 1008);
     for flows in busy {
         flows.stop().check("busy flows").expect("whole");
     }
@@ -125,10 +125,11 @@ fn one_pod_floods_and_the_others_do_not_notice() {
     }
     // The flooder gets its share, and a refusal for everything else.
     assert!(attempts >= 10 * ENTRIES, "{attempts}");
-    assert!((QUOTA..QUOTA + 2 * FLOODERS).contains(&held), "{held} held");
+    // A flow that finds the table full is not counted: a few more get in while it is.
+    assert!((QUOTA..QUOTA + QUOTA / 16).contains(&held), "{held} held");
     assert_eq!((refused, others.as_slice()), (attempts - held as u64, &[][..]));
     assert_eq!(added.get("from_pod", "pod_quota"), refused, "{added}");
-    assert!(full >= ENTRIES * 9 / 10, "flow_live holds {full}");
+    assert!(full >= ENTRIES * 99 / 100, "flow_live holds {full}");
     // What it lets go it may have again.
     drop(floods);
     let again = || c.netns().run(|| open(target(Family::V4))).is_ok_and(|opened| opened.is_ok());
