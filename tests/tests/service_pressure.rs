@@ -178,7 +178,8 @@ fn endpoints_change_a_thousand_times_a_second() {
                     continue;
                 }
                 let turn = changes as usize / 2;
-                let slice = if changes % 2 == 0 { &mine[turn % mine.len()] } else { &theirs[turn % theirs.len()] };
+                let slice =
+                    if changes.is_multiple_of(2) { &mine[turn % mine.len()] } else { &theirs[turn % theirs.len()] };
                 scenario.manifests().write(slice).expect("written");
                 changes += 1;
             }

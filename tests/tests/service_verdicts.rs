@@ -133,6 +133,7 @@ use Seen::{Bridge, Kept, Way};
 
 /// One line: a rule, and what it means for a Service asked at some kinds of address from a pod, a process of the first
 /// node and outside.
+#[derive(Clone, Copy)]
 struct Row {
     rule: &'static str,
     families: &'static [Family],
