@@ -123,11 +123,6 @@ fn cases(pod_a: IpAddr) -> Vec<Case> {
             yaml(&service("same-vip", 102).to_json()),
             &["Service default/same-vip", "spec.ports[0]", "10.96.0.102"],
         ),
-        case(
-            "affinity",
-            service_with("affinity", |json| json["spec"]["sessionAffinity"] = json!("ClientIP")),
-            &["Service default/affinity", "spec.sessionAffinity"],
-        ),
     ]
 }
 

@@ -54,15 +54,14 @@ pub fn sweep(maps: &Maps, timeouts: &Timeouts, now: u64) -> Result<(usize, usize
     let mut removed = 0;
     let mut counts: BTreeMap<u32, u64> = maps.pod_flows.read()?.into_iter().map(|(pod, _)| (pod, 0)).collect();
     for (key, entry) in &all {
-        if entry.flags & FlowEntry::KEY_ORIGINAL != 0 && entry.initiator_ifindex != 0 {
-            *counts.entry(entry.initiator_ifindex).or_default() += 1;
-        }
         if timeouts.is_over(entry, now)
             && let Some(again) = flows.get(key)?
             && timeouts.is_over(&again, now)
             && flows.delete(key)?
         {
             removed += 1;
+        } else if entry.flags & FlowEntry::KEY_ORIGINAL != 0 && entry.initiator_ifindex != 0 {
+            *counts.entry(entry.initiator_ifindex).or_default() += 1;
         }
     }
     for (pod, count) in counts {

@@ -151,13 +151,14 @@ mod tests {
         Plan::new(&from, &to, size(&from), size(&to)).expect("a plan").apply(bytes)
     }
 
+    /// A name, the fields of both layouts, the bytes in the first, and in the second if they can be carried.
+    type Case<'a> = (&'a str, Fields<'a>, Fields<'a>, &'a [u8], Option<&'a [u8]>);
+
     #[test]
     fn fields_keep_their_values_by_name() {
         let one = 1_u32.to_ne_bytes();
         let wide = 1_u64.to_ne_bytes();
         let huge = u64::MAX.to_ne_bytes();
-        /// A name, the fields of both layouts, the bytes in the first, and in the second if they can be carried.
-        type Case<'a> = (&'a str, Fields<'a>, Fields<'a>, &'a [u8], Option<&'a [u8]>);
         let table: [Case<'_>; 8] = [
             ("the same", &[("a", 0, 2), ("b", 2, 2)], &[("a", 0, 2), ("b", 2, 2)], &[1, 2, 3, 4], Some(&[1, 2, 3, 4])),
             (
