@@ -2,7 +2,7 @@
 //!
 //! A CRC is linear: the checksum of a changed packet is the old one, exclusive-or the CRC (without its initial and final
 //! inversion) of the difference. That is 32 bits of ports followed by zeros up to the end, so it is the difference times
-//! `x^(8 * length)` in GF(2)[x] modulo the polynomial: sixteen multiplications at most, and no walk over the payload.
+//! `x^(8 * length)` in `GF(2)[x]` modulo the polynomial: sixteen multiplications at most, and no walk over the payload.
 //! Addresses are not covered.
 
 use core::hint::black_box;
