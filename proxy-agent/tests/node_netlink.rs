@@ -13,7 +13,7 @@ use proxy_agent::node::binding::{Previous, Trusted};
 use proxy_agent::node::classify::Role;
 use proxy_agent::node::{Config, Handle, Inputs, NodeDevices, spawn};
 use proxy_core::diagnostic::Diagnostic;
-use proxy_core::event::{Event, LinkPath, Listing, Node, PodLink, Source};
+use proxy_core::event::{Event, LinkPath, Listing, NetDevice, Node, PodLink, Source};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout_at};
@@ -121,6 +121,7 @@ struct Agent {
     foreign: Arc<AtomicBool>,
     _trusted: watch::Sender<Trusted>,
     links: BTreeMap<u32, PodLink>,
+    devices: BTreeMap<u32, NetDevice>,
     /// Sets that have been told as complete.
     listed: Vec<BTreeSet<u32>>,
     findings: BTreeMap<String, Vec<Diagnostic>>,
@@ -155,6 +156,7 @@ impl Agent {
             foreign,
             _trusted: trusted,
             links: BTreeMap::new(),
+            devices: BTreeMap::new(),
             listed: Vec::new(),
             findings: BTreeMap::new(),
             history: Vec::new(),
@@ -175,9 +177,15 @@ impl Agent {
             Event::Diagnostics { object, findings } => {
                 self.findings.insert(object, findings);
             }
+            Event::Device(device) => {
+                assert_ne!(self.devices.get(&device.ifindex), Some(&device), "told twice");
+                self.devices.insert(device.ifindex, device);
+            }
+            Event::DeviceGone(index) => assert!(self.devices.remove(&index).is_some(), "unknown {index} is gone"),
             Event::Listed(Source::Links, Listing::Links(set)) => {
-                assert_eq!(set, self.links.keys().copied().collect(), "what is listed is what was told");
-                self.listed.push(set);
+                let told: BTreeSet<u32> = self.links.keys().chain(self.devices.keys()).copied().collect();
+                assert_eq!(set, told, "what is listed is what was told");
+                self.listed.push(self.links.keys().copied().collect());
             }
             other => panic!("{other:?}"),
         }

@@ -98,7 +98,7 @@ fn arguments_are_those_of_the_command_line() {
     let known: BTreeSet<_> = command.get_arguments().filter_map(|argument| argument.get_env()?.to_str()).collect();
     let used: BTreeSet<_> = names(&container["env"]).into_iter().collect();
     assert_eq!(used.difference(&known).collect::<Vec<_>>(), Vec::<&&str>::new(), "read by no flag; known: {known:?}");
-    assert_eq!(used, BTreeSet::from(["NODE_NAME", "PROXY_AGENT_APISERVER"]));
+    assert_eq!(used, BTreeSet::from(["NODE_NAME", "PROXY_AGENT_APISERVER", "PROXY_AGENT_CONNTRACK_SETTINGS"]));
     let node_name = container["env"].as_array().into_iter().flatten().find(|entry| entry["name"] == "NODE_NAME");
     assert_eq!(node_name.map(|entry| &entry["valueFrom"]["fieldRef"]["fieldPath"]), Some(&json!("spec.nodeName")));
 }
@@ -134,8 +134,11 @@ fn names_in_the_manifests_agree() {
             (mount["mountPath"].as_str().expect("a path"), (volumes[mount["name"].as_str().expect("a name")], writable))
         })
         .collect();
-    let expected =
-        BTreeMap::from([("/sys/fs/bpf", ("/sys/fs/bpf", true)), ("/host/cgroup", ("/sys/fs/cgroup", false))]);
+    let expected = BTreeMap::from([
+        ("/sys/fs/bpf", ("/sys/fs/bpf", true)),
+        ("/host/cgroup", ("/sys/fs/cgroup", false)),
+        ("/host/conntrack", ("/proc/sys/net/netfilter", true)),
+    ]);
     assert_eq!(mounted, expected);
     assert_eq!(mounts.len(), volumes.len(), "every volume is mounted");
     assert!(default_of("pin-root").starts_with("/sys/fs/bpf/"), "pins are where the bpf file system is mounted");
@@ -174,6 +177,7 @@ fn role_reads_what_is_watched_and_writes_events_alone() {
         ("", "services", &read[..]),
         ("", "nodes", &read),
         ("discovery.k8s.io", "endpointslices", &read),
+        ("networking.k8s.io", "servicecidrs", &read),
         ("", "events", &write),
         ("events.k8s.io", "events", &write),
     ];

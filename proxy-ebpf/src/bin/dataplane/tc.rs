@@ -391,7 +391,7 @@ fn open(
     if reason >= u32::from(Reason::FIRST_DROP) {
         return (step::DROP, reason);
     }
-    if reason == Reason::ServiceNew as u32 {
+    if reason == Reason::ServiceNew as u32 || reason == Reason::DirectNew as u32 {
         if entry.flags & FlowEntry::MASQUERADED != 0 {
             exit::count(hook, Reason::Masqueraded, 0);
         } else if entry.translated.src_port != entry.original.src_port {
