@@ -152,3 +152,20 @@ pub enum Container {
     /// Another one of `initContainers`: its ports do not count.
     Init,
 }
+
+/// One change of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A Namespace is as given.
+    Namespace(Namespace),
+    /// A Namespace is gone.
+    NamespaceGone(Arc<str>),
+    /// A Pod is as given.
+    Pod(Pod),
+    /// A Pod is gone.
+    PodGone(ObjectName),
+    /// A NetworkPolicy is as given.
+    Policy(PolicySpec),
+    /// A NetworkPolicy is gone.
+    PolicyGone(ObjectName),
+}

@@ -7,26 +7,9 @@ use std::sync::Arc;
 use super::parse;
 use super::policy::{Policy, PortName};
 use super::predicate::{Element, exposed};
-use super::spec::{Labels, Namespace, Pod, PolicySpec};
+use super::spec::{Change, Labels, Namespace, Pod};
 use crate::diagnostic::Diagnostic;
 use crate::name::ObjectName;
-
-/// One change of the cluster.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// A Namespace is as given.
-    Namespace(Namespace),
-    /// A Namespace is gone.
-    NamespaceGone(Arc<str>),
-    /// A Pod is as given.
-    Pod(Pod),
-    /// A Pod is gone.
-    PodGone(ObjectName),
-    /// A NetworkPolicy is as given.
-    Policy(PolicySpec),
-    /// A NetworkPolicy is gone.
-    PolicyGone(ObjectName),
-}
 
 /// A pod and what is known of it.
 #[derive(Clone, Debug)]

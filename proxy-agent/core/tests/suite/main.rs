@@ -5,6 +5,8 @@ mod cluster;
 mod compile;
 mod conflict;
 mod facts;
+mod netpol_maps;
+mod netpol_random;
 mod node;
 mod properties;
 mod reconcile;
