@@ -258,3 +258,7 @@ fn judge_set<L: Lookup + ?Sized>(maps: &L, first: u32, cells: &Judgement) -> Fou
     }
     Found::Broken
 }
+
+#[cfg(test)]
+#[path = "policy_tests.rs"]
+mod tests;

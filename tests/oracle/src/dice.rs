@@ -121,7 +121,8 @@ impl Dice {
             }
             11 => Change::NamespaceGone(self.pick(&NAMESPACES).into()),
             12..=14 => {
-                let live: Vec<_> = cluster.policies.iter().filter(|(_, (_, deleted))| !deleted).map(|(n, _)| n).collect();
+                let live: Vec<_> =
+                    cluster.policies.iter().filter(|(_, (_, deleted))| !deleted).map(|(n, _)| n).collect();
                 match live.get(self.rng.usize(..POLICIES)) {
                     Some(name) => Change::PolicyGone((*name).clone()),
                     None => Change::PolicyGone(ObjectName::new("w", "none")),
@@ -307,7 +308,9 @@ impl Dice {
                     let ips = node_ips(self.pick(&NODES));
                     ips[self.rng.usize(..ips.len())]
                 }
-                _ => *self.pick(&[&ip("8.8.8.8"), &ip("10.0.0.9"), &ip("2001:db8::9"), &ip("fe80::1"), &ip("192.0.2.1")]),
+                _ => {
+                    *self.pick(&[&ip("8.8.8.8"), &ip("10.0.0.9"), &ip("2001:db8::9"), &ip("fe80::1"), &ip("192.0.2.1")])
+                }
             };
             let from_node = node_ips(NODE).contains(&peer) && self.rng.bool();
             for _ in 0..ports {

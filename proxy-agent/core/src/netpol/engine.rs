@@ -420,7 +420,9 @@ impl Engine {
         if let Some((name, _)) = open.max_by_key(|(_, subject)| size(subject)) {
             return Some(Overflow::Subject(name.clone()));
         }
-        let born = |ip: &IpAddr| self.ips.get(ip).is_some_and(|cell| !self.tables.cells.contains_key(cell) && *cell != cell::ANY_POD);
+        let born = |ip: &IpAddr| {
+            self.ips.get(ip).is_some_and(|cell| !self.tables.cells.contains_key(cell) && *cell != cell::ANY_POD)
+        };
         let ips: Vec<_> = self.work.ips.iter().filter(|ip| born(ip)).map(|ip| (*ip, cell::ANY_POD)).collect();
         (!ips.is_empty()).then_some(Overflow::Ips(ips))
     }

@@ -76,7 +76,11 @@ impl Reader {
                 "Egress" => egress = true,
                 _ => {
                     let problem = format!("{kind:?} is neither Ingress nor Egress");
-                    self.report(&format!("spec.policyTypes[{i}]"), &problem, "it isolates in both directions until mended");
+                    self.report(
+                        &format!("spec.policyTypes[{i}]"),
+                        &problem,
+                        "it isolates in both directions until mended",
+                    );
                     (ingress, egress) = (true, true);
                 }
             }
@@ -142,9 +146,7 @@ impl Reader {
                 let pods = self.selector(pods.as_ref(), &format!("{field}.podSelector"))?;
                 let namespaces = match namespaces {
                     None => Namespaces::Named(Arc::clone(namespace)),
-                    spec => {
-                        Namespaces::Matching(self.selector(spec.as_ref(), &format!("{field}.namespaceSelector"))?)
-                    }
+                    spec => Namespaces::Matching(self.selector(spec.as_ref(), &format!("{field}.namespaceSelector"))?),
                 };
                 return Some(Peer::Pods { namespaces, pods });
             }

@@ -96,7 +96,12 @@ impl Partition {
     }
 
     /// Uses the cell with these answers once more; `None` when there is no number left.
-    pub fn acquire(&mut self, kind: Kind, vector: Vec<Element>, digest: impl FnOnce(&[Element]) -> [u64; 2]) -> Option<u32> {
+    pub fn acquire(
+        &mut self,
+        kind: Kind,
+        vector: Vec<Element>,
+        digest: impl FnOnce(&[Element]) -> [u64; 2],
+    ) -> Option<u32> {
         if vector.is_empty() {
             return Some(if kind == Kind::Pod { cell::ANY_POD } else { cell::NONE });
         }

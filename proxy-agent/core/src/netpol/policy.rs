@@ -118,9 +118,7 @@ impl PortRange {
         let mut merged: Vec<Self> = Vec::new();
         for range in sorted {
             match merged.last_mut() {
-                Some(last)
-                    if last.proto == range.proto && u32::from(range.first) <= u32::from(last.last) + 1 =>
-                {
+                Some(last) if last.proto == range.proto && u32::from(range.first) <= u32::from(last.last) + 1 => {
                     last.last = last.last.max(range.last);
                 }
                 _ => merged.push(range),

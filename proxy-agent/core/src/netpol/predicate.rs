@@ -35,7 +35,10 @@ impl Predicate {
                 matching && pods.matches(&pod.labels)
             }
         };
-        peer && self.exposes.as_ref().is_none_or(|(name, number)| exposed(pod).any(|port| port == (name.clone(), *number)))
+        peer && self
+            .exposes
+            .as_ref()
+            .is_none_or(|(name, number)| exposed(pod).any(|port| port == (name.clone(), *number)))
     }
 
     /// Does an address satisfy it, given that of its pod?
@@ -108,8 +111,7 @@ impl Questions {
         self.next += 1;
         let element = self.next;
         self.by_content.insert(question.clone(), element);
-        let state =
-            State { question: question.clone(), digest: digest::of(question), sets: BTreeSet::from([set]) };
+        let state = State { question: question.clone(), digest: digest::of(question), sets: BTreeSet::from([set]) };
         self.states.insert(element, state);
         self.changed.insert(element);
         self.group(question).insert(element);
@@ -149,8 +151,9 @@ impl Questions {
                 self.states.remove(&element);
                 self.by_content.remove(&question);
                 self.group(&question).remove(&element);
-                if let Question::Peer(Predicate { peer: Peer::Pods { namespaces: Namespaces::Named(name), .. }, .. }) =
-                    &question
+                if let Question::Peer(Predicate {
+                    peer: Peer::Pods { namespaces: Namespaces::Named(name), .. }, ..
+                }) = &question
                     && self.local.get(name).is_some_and(BTreeSet::is_empty)
                 {
                     self.local.remove(name);
@@ -164,7 +167,8 @@ impl Questions {
     /// Which questions about pods does a pod satisfy? Ascending.
     pub fn of_pod(&self, member: &Member, namespace: Option<&Namespace>) -> Vec<Element> {
         let local = self.local.get(&member.pod.name.namespace).into_iter().flatten();
-        let mut found: Vec<_> = local.chain(&self.global).copied().filter(|e| self.pod_satisfies(*e, member, namespace)).collect();
+        let mut found: Vec<_> =
+            local.chain(&self.global).copied().filter(|e| self.pod_satisfies(*e, member, namespace)).collect();
         found.sort_unstable();
         found
     }

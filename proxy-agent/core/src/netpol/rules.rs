@@ -114,7 +114,12 @@ impl Subject<'_> {
     }
 
     /// Ports and peers of a rule. Several, where a name stands for different numbers of different destinations.
-    fn expand(&self, direction: Direction, ports: &Ports, peers: &Peers) -> Vec<(Option<BTreeSet<PortRange>>, PeerTest)> {
+    fn expand(
+        &self,
+        direction: Direction,
+        ports: &Ports,
+        peers: &Peers,
+    ) -> Vec<(Option<BTreeSet<PortRange>>, PeerTest)> {
         let items = match ports {
             Ports::Any => return vec![(None, test(peers, None))].into_iter().filter(|(_, p)| !p.is_nobody()).collect(),
             Ports::Some(items) => items,

@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use proxy_abi::policy::{
-    Bits, BitsKey, BlockEntry, CellEntry, CellWord, PodDigest, PortPage, SetEntry, SlotWord,
-};
+use proxy_abi::policy::{Bits, BitsKey, BlockEntry, CellEntry, CellWord, PodDigest, PortPage, SetEntry, SlotWord};
 use proxy_abi::{IpBytes, PrefixKey};
 
 /// All content. The value of a key in an array map that is not named here is zero.
@@ -85,7 +83,8 @@ impl PolicyTables {
 
     /// The longest range that holds a range and is shorter than it.
     pub fn enclosing(&self, net: IpNet) -> Option<CellWord> {
-        std::iter::successors(net.supernet(), IpNet::supernet).find_map(|net| self.prefixes.get(&prefix_key(net)).copied())
+        std::iter::successors(net.supernet(), IpNet::supernet)
+            .find_map(|net| self.prefixes.get(&prefix_key(net)).copied())
     }
 
     /// The cell of an address on one side, as the programs find it.

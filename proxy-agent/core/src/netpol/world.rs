@@ -148,7 +148,8 @@ impl World {
         if old == new {
             return;
         }
-        let pods: Vec<_> = space.pods.iter().map(|pod| ObjectName::new(Arc::clone(&name.namespace), Arc::clone(pod))).collect();
+        let pods: Vec<_> =
+            space.pods.iter().map(|pod| ObjectName::new(Arc::clone(&name.namespace), Arc::clone(pod))).collect();
         for pod in pods {
             let Some(member) = self.members.get(&pod).filter(|member| self.is_local(&member.pod)) else { continue };
             if [&old, &new].into_iter().flatten().any(|policy| policy.subject.matches(&member.pod.labels)) {
@@ -265,9 +266,10 @@ impl World {
 
     /// Pods of one namespace that count.
     pub fn members_of(&self, namespace: &str) -> impl Iterator<Item = ObjectName> + '_ {
-        self.spaces.get_key_value(namespace).into_iter().flat_map(|(name, space)| {
-            space.pods.iter().map(|pod| ObjectName::new(Arc::clone(name), Arc::clone(pod)))
-        })
+        self.spaces
+            .get_key_value(namespace)
+            .into_iter()
+            .flat_map(|(name, space)| space.pods.iter().map(|pod| ObjectName::new(Arc::clone(name), Arc::clone(pod))))
     }
 
     /// Namespaces that are known, and those that only a pod or policy speaks of.

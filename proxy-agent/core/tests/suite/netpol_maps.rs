@@ -1,7 +1,5 @@
 //! The policy maps as the programs see them, and one node that is compiled and judged.
 
-use std::net::IpAddr;
-
 use proxy_abi::policy::{Bits, BitsKey, BlockEntry, CellWord, Direction, PortPage, SetEntry, SlotWord, prefix_of};
 use proxy_abi::{IpBytes, PortBe, PrefixKey, Proto};
 use proxy_core::name::ObjectName;
@@ -145,9 +143,7 @@ impl Node {
         let fits = match &named {
             Named::Nothing => wanted.allowed && wanted.isolating.is_empty(),
             Named::Isolated(policies) => !allowed && *policies == wanted.isolating,
-            Named::Rule(policy, rule) if strict => {
-                wanted.rules.first().is_some_and(|(p, r)| p == policy && r == rule)
-            }
+            Named::Rule(policy, rule) if strict => wanted.rules.first().is_some_and(|(p, r)| p == policy && r == rule),
             Named::Rule(policy, rule) => wanted.rules.iter().any(|(p, r)| p == policy && r == rule),
         };
         if allowed == wanted.allowed && fits {
@@ -186,11 +182,6 @@ pub(crate) fn within(maps: &PolicyTables, limits: &Limits) -> bool {
         && maps.sets.keys().all(|id| *id < limits.sets)
         && maps.blocks.keys().all(|id| *id < limits.blocks)
         && maps.slots.keys().all(|index| *index < 2 * limits.slots)
-}
-
-/// Is it a peer's address that is not the pod's?
-pub(crate) fn foreign(pod: &Pod, ip: IpAddr) -> bool {
-    !pod.ips.contains(&ip)
 }
 
 /// The switch, if there is one.

@@ -89,7 +89,8 @@ fn limits(seed: u64) -> Limits {
 /// A few sides of every pod of the node.
 fn sides(node: &Node, dice: &mut Dice, peers: usize, ports: usize) -> Vec<(Pod, Side)> {
     let pods: Vec<Pod> = node.cluster.subjects().cloned().collect();
-    let of = |pod: Pod| dice.sides(&pod, peers, ports).into_iter().map(move |side| (pod.clone(), side)).collect::<Vec<_>>();
+    let of =
+        |pod: Pod| dice.sides(&pod, peers, ports).into_iter().map(move |side| (pod.clone(), side)).collect::<Vec<_>>();
     pods.into_iter().flat_map(of).collect()
 }
 
@@ -158,7 +159,10 @@ fn steps_are_old_or_new(seed: u64) -> Result<Reached, String> {
     for edit in 0..6 {
         let changes = if edit == 0 { dice.cluster() } else { dice.edit(&node.cluster) };
         history.extend(changes.clone());
-        let before: Vec<_> = sides(&node, &mut dice, 8, 3).into_iter().filter_map(|(pod, side)| Some(question(node.slot(&pod)?, &side))).collect();
+        let before: Vec<_> = sides(&node, &mut dice, 8, 3)
+            .into_iter()
+            .filter_map(|(pod, side)| Some(question(node.slot(&pod)?, &side)))
+            .collect();
         let transition = node.plan(changes);
         let new = sides(&node, &mut dice, 8, 3);
         let after = new.iter().filter_map(|(pod, side)| Some(question(node.slot(pod)?, side)));
@@ -175,7 +179,8 @@ fn steps_are_old_or_new(seed: u64) -> Result<Reached, String> {
         }
         for (index, op) in transition.ops().enumerate() {
             if index == cut {
-                restart(&node.maps, &history, limits(seed), &end).map_err(|p| format!("edit {edit}, cut at {cut}: {p}"))?;
+                restart(&node.maps, &history, limits(seed), &end)
+                    .map_err(|p| format!("edit {edit}, cut at {cut}: {p}"))?;
             }
             node.maps.apply(op);
             switched |= is_switch(op);
@@ -211,7 +216,8 @@ fn restart(found: &PolicyTables, history: &[Change], limits: Limits, end: &Polic
     if maps != *engine.tables() {
         return Err("the maps are not what the compiler takes them for".to_owned());
     }
-    let sizes = |t: &PolicyTables| [t.ips.len(), t.prefixes.len(), t.cells.len(), t.bits.len(), t.sets.len(), t.blocks.len()];
+    let sizes =
+        |t: &PolicyTables| [t.ips.len(), t.prefixes.len(), t.cells.len(), t.bits.len(), t.sets.len(), t.blocks.len()];
     if sizes(&maps) != sizes(end) {
         return Err(format!("{:?} entries, not {:?}", sizes(&maps), sizes(end)));
     }
@@ -223,7 +229,8 @@ fn restart(found: &PolicyTables, history: &[Change], limits: Limits, end: &Polic
 
 #[test]
 fn every_single_write_leaves_old_or_new_verdicts() {
-    let reached = run(number("NETPOL_STEPS", 1_500), steps_are_old_or_new).unwrap_or_else(|problem| panic!("{problem}"));
+    let reached =
+        run(number("NETPOL_STEPS", 1_500), steps_are_old_or_new).unwrap_or_else(|problem| panic!("{problem}"));
     println!("{reached:?}");
 }
 
@@ -288,7 +295,8 @@ fn told_apart(old: &PolicyTables, new: &PolicyTables, block: u32) -> bool {
 
 #[test]
 fn revisions_move_with_verdicts_and_not_otherwise() {
-    let reached = run(number("NETPOL_STEPS", 1_500) * 4, revisions_are_exact).unwrap_or_else(|problem| panic!("{problem}"));
+    let reached =
+        run(number("NETPOL_STEPS", 1_500) * 4, revisions_are_exact).unwrap_or_else(|problem| panic!("{problem}"));
     assert!(reached.sides > 0);
 }
 

@@ -31,7 +31,9 @@ impl Engine {
                     for net in block.borders() {
                         self.count_border(net, asked);
                     }
-                    nets.extend(self.ranges.range(block.net..).map(|(net, _)| *net).take_while(|net| block.net.contains(net)));
+                    nets.extend(
+                        self.ranges.range(block.net..).map(|(net, _)| *net).take_while(|net| block.net.contains(net)),
+                    );
                 }
                 Question::Peer(_) => {}
             }

@@ -17,7 +17,10 @@ use super::sets::Piece;
 use super::{Engine, Transition};
 
 /// Keys of `held` that `wanted` has not.
-fn gone<'a, K: Ord + Copy, V>(held: &'a BTreeMap<K, V>, wanted: impl Fn(&K) -> bool + 'a) -> impl Iterator<Item = K> + 'a {
+fn gone<'a, K: Ord + Copy, V>(
+    held: &'a BTreeMap<K, V>,
+    wanted: impl Fn(&K) -> bool + 'a,
+) -> impl Iterator<Item = K> + 'a {
     held.keys().copied().filter(move |key| !wanted(key))
 }
 
@@ -76,8 +79,10 @@ impl Engine {
         }
         out.settle.extend(gone(&self.tables.blocks, |id| self.blocks.contains(*id)).map(|id| Op::Block(id, None)));
         out.settle.extend(stale.into_iter().map(|key| Op::Bits(key, None)));
-        out.settle.extend(gone(&self.tables.sets, |id| self.sets.pieces().contains_key(id)).map(|id| Op::Set(id, None)));
-        out.settle.extend(gone(&self.tables.cells, |id| self.partition.get(*id).is_some()).map(|id| Op::Cell(id, None)));
+        out.settle
+            .extend(gone(&self.tables.sets, |id| self.sets.pieces().contains_key(id)).map(|id| Op::Set(id, None)));
+        out.settle
+            .extend(gone(&self.tables.cells, |id| self.partition.get(*id).is_some()).map(|id| Op::Cell(id, None)));
         let slots: BTreeSet<u32> = self.subjects.values().map(|subject| subject.slot.into()).collect();
         out.settle.extend(gone(&self.tables.pods, |slot| slots.contains(slot)).map(|slot| Op::Pod(slot, None)));
         out
