@@ -210,7 +210,7 @@ fn port_cell<L: Lookup + ?Sized>(maps: &L, question: &Question, side: u32) -> u3
     match maps.page(index) {
         Some(page) => match page.cells[(port & 0xff) as usize] {
             0 => cell::NONE,
-            number => cell::PORT | number as u32,
+            number => cell::PORT | u32::from(number),
         },
         None => cell::NONE,
     }

@@ -55,10 +55,14 @@ fn main() {
     entries(engine.tables());
 
     let mut second = Engine::new("node-0", Limits::default(), PolicyTables::default());
-    changes.iter().for_each(|change| second.apply(change.clone()));
+    for change in &changes {
+        second.apply(change.clone());
+    }
     second.commit();
     let mut third = Engine::new("node-0", Limits::default(), second.tables().clone());
-    changes.iter().for_each(|change| third.apply(change.clone()));
+    for change in &changes {
+        third.apply(change.clone());
+    }
     let start = Instant::now();
     let rest = third.commit();
     println!("restart         {:>10.3?}  {} operations", start.elapsed(), rest.ops().count());
@@ -99,7 +103,7 @@ fn entries(tables: &PolicyTables) {
         ("slot", tables.slots.len(), tables.slots.len() * 8),
     ];
     for (name, count, bytes) in rows {
-        println!("  policy_{name:<8} {count:>7} entries {:>9} bytes", bytes);
+        println!("  policy_{name:<8} {count:>7} entries {bytes:>9} bytes");
     }
     println!(
         "  all             {:>7} entries {:>9} bytes",

@@ -186,17 +186,15 @@ impl Bits {
     /// The bits of both.
     #[must_use]
     pub const fn or(self, other: Self) -> Self {
-        let [a, b, c, d] = self.words;
-        let [e, f, g, h] = other.words;
-        Self { words: [a | e, b | f, c | g, d | h] }
+        let (a, b) = (self.words, other.words);
+        Self { words: [a[0] | b[0], a[1] | b[1], a[2] | b[2], a[3] | b[3]] }
     }
 
     /// The bits in both.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
-        let [a, b, c, d] = self.words;
-        let [e, f, g, h] = other.words;
-        Self { words: [a & e, b & f, c & g, d & h] }
+        let (a, b) = (self.words, other.words);
+        Self { words: [a[0] & b[0], a[1] & b[1], a[2] & b[2], a[3] & b[3]] }
     }
 
     /// Is the bit set?

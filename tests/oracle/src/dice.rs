@@ -357,7 +357,9 @@ impl Cluster {
             (*deleted && !oracle.holds(&name.namespace)).then(|| name.clone())
         };
         let over: Vec<_> = self.policies.iter().filter_map(over).collect();
-        over.iter().for_each(|name| drop(self.policies.remove(name)));
+        for name in &over {
+            self.policies.remove(name);
+        }
     }
 
     /// Pods of this node that count.

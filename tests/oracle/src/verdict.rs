@@ -211,13 +211,11 @@ impl Oracle<'_> {
 
     /// P2, P6: by the labels of the Namespace object. Ruling: not known = only the empty selector matches.
     fn namespace(&self, selector: &SelectorSpec, name: &str) -> Option<bool> {
-        match self.cluster.namespaces.get(name) {
-            Some(object) => self.selector(selector, &object.labels),
-            None => {
-                let empty = selector.labels.is_empty() && selector.expressions.is_empty();
-                self.selector(selector, &Labels::new()).map(|_| empty || self.breaks(Row::P6))
-            }
+        if let Some(object) = self.cluster.namespaces.get(name) {
+            return self.selector(selector, &object.labels);
         }
+        let empty = selector.labels.is_empty() && selector.expressions.is_empty();
+        self.selector(selector, &Labels::new()).map(|_| empty || self.breaks(Row::P6))
     }
 
     /// P5 (`LabelSelector`): all of them; `None` when it cannot be read.
@@ -333,7 +331,7 @@ impl Oracle<'_> {
     fn named(&self, name: &str, proto: u8, port: u16, pod: &Pod, side: &Side) -> bool {
         let peer = self.owner(side.peer);
         let swapped = self.breaks(if side.ingress { Row::T5 } else { Row::T6 });
-        let Some(destination) = (if side.ingress != swapped { Some(pod) } else { peer }) else { return false };
+        let Some(destination) = (if side.ingress == swapped { peer } else { Some(pod) }) else { return false };
         destination.ports.iter().any(|p| {
             let counts = match p.container {
                 Container::Main => true,

@@ -316,15 +316,9 @@ impl Engine {
         let names = facts.names();
         let wanted = [facts.rules(Direction::Ingress), facts.rules(Direction::Egress)];
         let old = self.subjects.remove(name);
-        let slot = match &old {
-            Some(old) => old.slot,
-            None => match self.take_slot(&pod.uid) {
-                Some(slot) => slot,
-                None => {
-                    self.unslotted.insert(name.clone());
-                    return;
-                }
-            },
+        let Some(slot) = old.as_ref().map(|old| old.slot).or_else(|| self.take_slot(&pod.uid)) else {
+            self.unslotted.insert(name.clone());
+            return;
         };
         let mut sets = [None, None];
         let mut fault = lock;

@@ -143,9 +143,9 @@ impl Subject<'_> {
         if !ranges.is_empty() {
             expanded.push((Some(PortRange::merged(ranges)), test(peers, None)));
         }
-        for (name, number) in named {
-            let range = PortRange::one(name.proto, number);
-            expanded.push((Some(BTreeSet::from([range])), test(peers, Some((name, number)))));
+        for exposed in named {
+            let range = PortRange::one(exposed.0.proto, exposed.1);
+            expanded.push((Some(BTreeSet::from([range])), test(peers, Some(&exposed))));
         }
         expanded.retain(|(_, peers)| !peers.is_nobody());
         expanded
@@ -168,7 +168,7 @@ impl Subject<'_> {
 }
 
 /// The test for peers, of pods that expose a port.
-fn test(peers: &Peers, exposes: Option<(PortName, u16)>) -> PeerTest {
+fn test(peers: &Peers, exposes: Option<&(PortName, u16)>) -> PeerTest {
     let everywhere = || Peer::Pods { namespaces: Namespaces::Matching(Selector::default()), pods: Selector::default() };
     let list = match peers {
         Peers::Some(list) => list.clone(),
@@ -180,7 +180,7 @@ fn test(peers: &Peers, exposes: Option<(PortName, u16)>) -> PeerTest {
         if exposes.is_none() && peer == everywhere() {
             test.any_pod = true;
         } else {
-            test.predicates.insert(Predicate { peer, exposes: exposes.clone() });
+            test.predicates.insert(Predicate { peer, exposes: exposes.cloned() });
         }
     }
     test

@@ -86,9 +86,9 @@ impl World {
         match change {
             Change::Namespace(object) => {
                 let name = Arc::clone(&object.name);
-                self.set_namespace(name, Some(object), touched);
+                self.set_namespace(&name, Some(object), touched);
             }
-            Change::NamespaceGone(name) => self.set_namespace(name, None, touched),
+            Change::NamespaceGone(name) => self.set_namespace(&name, None, touched),
             Change::Pod(pod) => self.set_pod(pod, touched),
             Change::PodGone(name) => self.remove_pod(&name, touched),
             Change::Policy(spec) => {
@@ -110,14 +110,14 @@ impl World {
         }
     }
 
-    fn set_namespace(&mut self, name: Arc<str>, object: Option<Namespace>, touched: &mut Touched) {
-        let space = self.spaces.entry(Arc::clone(&name)).or_default();
+    fn set_namespace(&mut self, name: &Arc<str>, object: Option<Namespace>, touched: &mut Touched) {
+        let space = self.spaces.entry(Arc::clone(name)).or_default();
         let labels = |object: &Option<Namespace>| object.as_ref().map(|o| o.labels.clone());
         if labels(&space.object) != labels(&object) {
-            touched.members.extend(space.pods.iter().map(|pod| ObjectName::new(Arc::clone(&name), Arc::clone(pod))));
+            touched.members.extend(space.pods.iter().map(|pod| ObjectName::new(Arc::clone(name), Arc::clone(pod))));
         }
         space.object = object;
-        self.bury(&name, touched);
+        self.bury(name, touched);
     }
 
     /// Removes deleted policies of a namespace that is not going, or whose pods are gone; then the namespace, when

@@ -108,7 +108,8 @@ fn equals_oracle(seed: u64, broken: Option<Row>) -> Result<Reached, String> {
             if node.engine.subjects().get(&pod.name).is_some_and(|subject| subject.locked.is_some()) {
                 continue;
             }
-            let verdict = node.compare(broken, pod, side, seed % 4 != 0).map_err(|p| format!("edit {edit}: {p}"))?;
+            let verdict =
+                node.compare(broken, pod, side, !seed.is_multiple_of(4)).map_err(|p| format!("edit {edit}: {p}"))?;
             reached.sides += 1;
             allowed += u64::from(!verdict.rules.is_empty());
             denied += u64::from(!verdict.allowed);
@@ -209,7 +210,9 @@ fn told(judgement: &Judgement) -> (bool, proxy_ebpf::policy::Cause, u32, proxy_a
 /// An agent that finds the maps half written brings them to the same end, and one that finds them whole does nothing.
 fn restart(found: &PolicyTables, history: &[Change], limits: Limits, end: &PolicyTables) -> Result<(), String> {
     let mut engine = Engine::new(NODE, limits, found.clone());
-    history.iter().for_each(|change| engine.apply(change.clone()));
+    for change in history {
+        engine.apply(change.clone());
+    }
     let transition = engine.commit();
     let mut maps = found.clone();
     transition.ops().for_each(|op| maps.apply(op));
@@ -222,7 +225,9 @@ fn restart(found: &PolicyTables, history: &[Change], limits: Limits, end: &Polic
         return Err(format!("{:?} entries, not {:?}", sizes(&maps), sizes(end)));
     }
     let mut again = Engine::new(NODE, limits, maps.clone());
-    history.iter().for_each(|change| again.apply(change.clone()));
+    for change in history {
+        again.apply(change.clone());
+    }
     let rest = again.commit();
     if rest.is_empty() { Ok(()) } else { Err(format!("a restart writes {rest:?}")) }
 }

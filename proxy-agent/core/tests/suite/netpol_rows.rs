@@ -186,7 +186,9 @@ fn check(node: &Node, row: &str, flow: &str) {
 fn run(cases: Vec<Case>) {
     for Case { row, policies, flows } in cases {
         let node = Node::with(fixture().into_iter().chain(policies.into_iter().map(Change::Policy)));
-        flows.iter().for_each(|flow| check(&node, row, flow));
+        for flow in flows {
+            check(&node, row, flow);
+        }
     }
 }
 

@@ -101,13 +101,13 @@ impl Sets {
         let digests: Vec<_> = (0..count).map(|piece| digest::of(&(&rules, piece, size))).collect();
         let mut ids = Vec::new();
         for digest in &digests {
-            match self.found.remove(digest).or_else(|| self.pool.allocate()) {
-                Some(id) => ids.push(id),
-                None => {
-                    ids.into_iter().for_each(|id| self.pool.give_back(id));
-                    return Err(SetFault::Ids);
+            let Some(id) = self.found.remove(digest).or_else(|| self.pool.allocate()) else {
+                for id in ids {
+                    self.pool.give_back(id);
                 }
-            }
+                return Err(SetFault::Ids);
+            };
+            ids.push(id);
         }
         for (index, id) in ids.iter().copied().enumerate() {
             let mut piece = Piece { entry: EMPTY, answers: BTreeMap::new() };
@@ -119,7 +119,9 @@ impl Sets {
                 match &line.ports {
                     None => piece.entry.any_port.set(bit),
                     Some(ranges) => {
-                        ranges.iter().for_each(|range| answer(questions.ask(&Question::Ports(*range), id)));
+                        for range in ranges {
+                            answer(questions.ask(&Question::Ports(*range), id));
+                        }
                     }
                 }
                 for peers in line.entries.iter().map(|entry| &entry.peers) {
