@@ -160,6 +160,8 @@ pub struct Engine {
     bits_of: BTreeMap<u32, BTreeSet<u32>>,
     /// Compare everything, not only what was touched.
     full: bool,
+    /// Something did not fit, and the last transition made room.
+    retry: bool,
     work: Work,
 }
 
@@ -197,6 +199,7 @@ impl Engine {
             tables: PolicyTables::default(),
             bits_of: BTreeMap::new(),
             full: true,
+            retry: false,
             work: Work::default(),
             limits,
         };
@@ -239,7 +242,7 @@ impl Engine {
 
     /// Is there something for [`Engine::commit`] to do?
     pub fn is_dirty(&self) -> bool {
-        self.full || !self.touched.is_empty()
+        self.full || self.retry || !self.touched.is_empty()
     }
 
     /// What leads from the maps as they are to what all changes so far mean. The caller does it all; when it cannot,
@@ -249,6 +252,7 @@ impl Engine {
             return Transition::default();
         }
         self.work = Work::default();
+        self.retry = false;
         let touched = std::mem::take(&mut self.touched);
         let mut subjects = touched.subjects;
         for (name, subject) in &self.subjects {
@@ -418,7 +422,12 @@ impl Engine {
             self.ips.get(ip).is_some_and(|cell| !self.tables.cells.contains_key(cell) && *cell != cell::ANY_POD)
         };
         let ips: Vec<_> = self.work.ips.iter().filter(|ip| born(ip)).map(|ip| (*ip, cell::ANY_POD)).collect();
-        (!ips.is_empty()).then_some(Overflow::Ips(ips))
+        if !ips.is_empty() {
+            return Some(Overflow::Ips(ips));
+        }
+        // What is left comes from rules that have not changed, and of which fewer may stay for now.
+        let open = self.subjects.iter().filter(|(_, s)| s.locked.is_none() && s.block != BlockEntry::OPEN_ID);
+        open.max_by_key(|(_, subject)| size(subject)).map(|(name, _)| Overflow::Subject(name.clone()))
     }
 
     /// What the maps hold when all transitions so far are done.

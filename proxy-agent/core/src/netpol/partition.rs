@@ -40,6 +40,15 @@ impl Kind {
         }
     }
 
+    /// The digest of a cell of this kind.
+    const fn tagged(self, [a, b]: [u64; 2]) -> [u64; 2] {
+        match self {
+            Self::Address => [a, b],
+            Self::Pod => [a, b ^ 1],
+            Self::Port(proto) => [a, b ^ (2 | (proto.0 as u64) << 8)],
+        }
+    }
+
     const fn pool(self) -> usize {
         match self {
             Self::Address => 0,
@@ -113,15 +122,7 @@ impl Partition {
             }
             return Some(number);
         }
-        let tag = match kind {
-            Kind::Address => 0,
-            Kind::Pod => 1,
-            Kind::Port(proto) => 2 | u64::from(proto.0) << 8,
-        };
-        let digest = {
-            let [a, b] = digest(&content.1);
-            [a, b ^ tag]
-        };
+        let digest = kind.tagged(digest(&content.1));
         let fitting = self.found.get(&digest).copied().filter(|number| Kind::of(*number).mark() == kind.mark());
         let number = match fitting {
             Some(number) => {
@@ -136,6 +137,26 @@ impl Partition {
         self.cells.insert(number, Cell { kind, vector: content.1.clone(), digest, users: 1 });
         self.by_content.insert(content, number);
         Some(number)
+    }
+
+    /// A question is not asked any more. A cell that nothing else now distinguishes from another one stays, and loses
+    /// its users as they ask again; any other cell keeps number and users and answers one question less.
+    pub fn forget(&mut self, element: Element, digest: impl Fn(&[Element]) -> [u64; 2]) {
+        for number in self.of_element.get(&element).cloned().unwrap_or_default() {
+            let Some(cell) = self.cells.get_mut(&number) else { continue };
+            let rest: Box<[Element]> = cell.vector.iter().copied().filter(|e| *e != element).collect();
+            let content = (cell.kind, rest);
+            if content.1.is_empty() || self.by_content.contains_key(&content) {
+                continue;
+            }
+            cell.digest = cell.kind.tagged(digest(&content.1));
+            let old = std::mem::replace(&mut cell.vector, content.1.clone());
+            self.by_content.remove(&(cell.kind, old));
+            self.by_content.insert(content, number);
+            if let Some(numbers) = self.of_element.get_mut(&element) {
+                numbers.remove(&number);
+            }
+        }
     }
 
     /// Uses a cell once less.

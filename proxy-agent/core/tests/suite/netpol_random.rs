@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use proxy_abi::policy::SlotWord;
-use proxy_core::netpol::engine::{Engine, Limits};
+use proxy_abi::policy::{RuleRef, SlotWord};
+use proxy_core::netpol::engine::{Engine, Limits, Transition};
 use proxy_core::netpol::spec::{Change, Pod};
 use proxy_core::netpol::tables::PolicyTables;
-use proxy_ebpf::policy::{Judgement, judge};
+use proxy_ebpf::policy::{Cause, Judgement, Question, judge};
 use proxy_oracle::dice::{Dice, NODE};
 use proxy_oracle::row::Row;
 use proxy_oracle::verdict::Side;
@@ -150,8 +150,8 @@ fn every_row_is_missed_when_it_is_broken() {
     assert_eq!(unseen, [], "these rows may be broken without anybody noticing");
 }
 
-/// Every flow after every single write: as before up to the switch, as after from it on. Then the same from each state
-/// in which the agent may have died.
+/// Every flow after every single write: as before up to the switch, as after from it on. Then the same from a state in
+/// which the agent may have died, or given up.
 fn steps_are_old_or_new(seed: u64) -> Result<Reached, String> {
     let mut dice = Dice::new(seed);
     let mut node = Node::new(limits(seed));
@@ -160,40 +160,23 @@ fn steps_are_old_or_new(seed: u64) -> Result<Reached, String> {
     for edit in 0..6 {
         let changes = if edit == 0 { dice.cluster() } else { dice.edit(&node.cluster) };
         history.extend(changes.clone());
-        let before: Vec<_> = sides(&node, &mut dice, 8, 3)
-            .into_iter()
-            .filter_map(|(pod, side)| Some(question(node.slot(&pod)?, &side)))
-            .collect();
+        let asked = |node: &Node, dice: &mut Dice| -> Vec<Question> {
+            let sides = sides(node, dice, 8, 3);
+            sides.iter().filter_map(|(pod, side)| Some(question(node.slot(pod)?, side))).collect()
+        };
+        let mut questions = asked(&node, &mut dice);
         let transition = node.plan(changes);
-        let new = sides(&node, &mut dice, 8, 3);
-        let after = new.iter().filter_map(|(pod, side)| Some(question(node.slot(pod)?, side)));
-        let questions: Vec<_> = before.into_iter().chain(after).collect();
-        let all = |maps: &PolicyTables| questions.iter().map(|q| told(&judge(&Maps(maps), q))).collect::<Vec<_>>();
-        let old = all(&node.maps);
-        let mut end = node.maps.clone();
-        transition.ops().for_each(|op| end.apply(op));
-        let new = all(&end);
-        let cut = dice.below(transition.ops().count() + 1);
-        let mut switched = transition.switch.is_none();
-        if switched && old != new {
+        questions.extend(asked(&node, &mut dice));
+        let count = transition.ops().count();
+        let half = (edit, dice.below(count + 1));
+        let mut left = node.maps.clone();
+        transition.ops().take(half.1).for_each(|op| left.apply(op));
+        let (old, new) = walk(&mut node.maps, &transition, &questions).map_err(|p| format!("edit {edit}: {p}"))?;
+        if transition.switch.is_none() && old != new {
             return Err(format!("edit {edit}: something changed without a switch"));
         }
-        for (index, op) in transition.ops().enumerate() {
-            if index == cut {
-                restart(&node.maps, &history, limits(seed), &end)
-                    .map_err(|p| format!("edit {edit}, cut at {cut}: {p}"))?;
-            }
-            node.maps.apply(op);
-            switched |= is_switch(op);
-            let expected = if switched { &new } else { &old };
-            let now = all(&node.maps);
-            if now != *expected {
-                let place = now.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(0);
-                let (now, expected) = (&now[place], &expected[place]);
-                return Err(format!("edit {edit}, after {op:?}: {:?}: {now:?}, not {expected:?}", questions[place]));
-            }
-            reached.sides += questions.len() as u64;
-        }
+        recover(&node, &left, &history, limits(seed), &mut dice).map_err(|p| format!("(edit, cut) {half:?}: {p}"))?;
+        reached.sides += (questions.len() * count) as u64;
         let denied = new.iter().filter(|told| !told.0).count() as u64;
         reached.denied += denied;
         reached.allowed += new.len() as u64 - denied;
@@ -202,34 +185,78 @@ fn steps_are_old_or_new(seed: u64) -> Result<Reached, String> {
     Ok(reached)
 }
 
-/// What of a judgement must stay: numbers of cells may not.
-fn told(judgement: &Judgement) -> (bool, proxy_ebpf::policy::Cause, u32, proxy_abi::policy::RuleRef) {
-    (judgement.allowed, judgement.cause, judgement.revision, judgement.rule)
+/// Does a transition step by step: every answer is the old one until the switch and the new one from then on.
+fn walk(
+    maps: &mut PolicyTables,
+    transition: &Transition,
+    questions: &[Question],
+) -> Result<(Vec<Told>, Vec<Told>), String> {
+    let all = |maps: &PolicyTables| questions.iter().map(|q| told(&judge(&Maps(maps), q))).collect::<Vec<_>>();
+    let old = all(maps);
+    let mut end = maps.clone();
+    transition.ops().for_each(|op| end.apply(op));
+    let new = all(&end);
+    let mut switched = false;
+    for op in transition.ops() {
+        maps.apply(op);
+        switched |= is_switch(op);
+        let (now, expected) = (all(maps), if switched { &new } else { &old });
+        if let Some(place) = now.iter().zip(expected).position(|(a, b)| a != b) {
+            let (now, expected) = (now[place], expected[place]);
+            return Err(format!("after {op:?}: {:?}: {now:?}, not {expected:?}", questions[place]));
+        }
+    }
+    Ok((old, new))
 }
 
-/// An agent that finds the maps half written brings them to the same end, and one that finds them whole does nothing.
-fn restart(found: &PolicyTables, history: &[Change], limits: Limits, end: &PolicyTables) -> Result<(), String> {
-    let mut engine = Engine::new(NODE, limits, found.clone());
-    for change in history {
-        engine.apply(change.clone());
-    }
-    let transition = engine.commit();
-    let mut maps = found.clone();
-    transition.ops().for_each(|op| maps.apply(op));
-    if maps != *engine.tables() {
-        return Err("the maps are not what the compiler takes them for".to_owned());
-    }
+/// From maps that are half written: the same compiler, told so, and a new one, both bring them to the right end, step
+/// by step. A new one that finds them whole does nothing.
+fn recover(
+    node: &Node,
+    left: &PolicyTables,
+    history: &[Change],
+    limits: Limits,
+    dice: &mut Dice,
+) -> Result<(), String> {
     let sizes =
         |t: &PolicyTables| [t.ips.len(), t.prefixes.len(), t.cells.len(), t.bits.len(), t.sets.len(), t.blocks.len()];
-    if sizes(&maps) != sizes(end) {
-        return Err(format!("{:?} entries, not {:?}", sizes(&maps), sizes(end)));
+    let mut told = node.engine.clone();
+    told.adopt(left.clone());
+    let started = |maps: &PolicyTables| {
+        let mut engine = Engine::new(NODE, limits, maps.clone());
+        for change in history {
+            engine.apply(change.clone());
+        }
+        engine
+    };
+    for (who, engine) in [("told", told), ("new", started(left))] {
+        let mut other = Node { cluster: node.cluster.clone(), engine, maps: left.clone() };
+        let transition = other.engine.commit();
+        let sides = sides(&other, dice, 6, 2);
+        let asked = sides.iter().filter_map(|(pod, side)| Some(question(other.slot(pod)?, side)));
+        let questions: Vec<_> = asked.collect();
+        walk(&mut other.maps, &transition, &questions).map_err(|p| format!("{who}: {p}"))?;
+        for (pod, side) in &sides {
+            if other.engine.subjects().get(&pod.name).is_some_and(|subject| subject.locked.is_none()) {
+                other.compare(None, pod, side, false).map_err(|p| format!("{who}: {p}"))?;
+            }
+        }
+        if other.maps != *other.engine.tables() || sizes(&other.maps) != sizes(&node.maps) {
+            return Err(format!("{who}: {:?} entries, not {:?}", sizes(&other.maps), sizes(&node.maps)));
+        }
+        let rest = started(&other.maps).commit();
+        if !rest.is_empty() {
+            return Err(format!("{who}: a restart writes {rest:?}"));
+        }
     }
-    let mut again = Engine::new(NODE, limits, maps.clone());
-    for change in history {
-        again.apply(change.clone());
-    }
-    let rest = again.commit();
-    if rest.is_empty() { Ok(()) } else { Err(format!("a restart writes {rest:?}")) }
+    Ok(())
+}
+
+/// What of a judgement a flow keeps.
+type Told = (bool, Cause, u32, RuleRef);
+
+fn told(judgement: &Judgement) -> Told {
+    (judgement.allowed, judgement.cause, judgement.revision, judgement.rule)
 }
 
 #[test]

@@ -16,6 +16,10 @@ impl Engine {
     pub(super) fn derive_questions(&mut self, members: BTreeSet<ObjectName>) {
         let changed = self.questions.take_changed();
         let mut nets = BTreeSet::new();
+        for (element, ..) in changed.iter().filter(|(_, _, asked)| !asked) {
+            let questions = &self.questions;
+            self.partition.forget(*element, |elements| questions.digest(elements));
+        }
         for name in members {
             let Some(member) = self.world.member(&name) else { continue };
             let elements = self.questions.of_pod(member, self.world.namespace(&name.namespace));

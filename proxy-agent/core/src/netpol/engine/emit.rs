@@ -74,7 +74,8 @@ impl Engine {
             epoch => epoch,
         };
         self.emit_slots(&mut out, &affected, epoch);
-        if out.prepare.len() > written {
+        // So far only words are settled. Those of the side to come may have been written by a transition that was cut.
+        if out.prepare.len() > written || !out.settle.is_empty() {
             out.switch = Some(Op::Epoch(epoch));
         }
         out.settle.extend(gone(&self.tables.blocks, |id| self.blocks.contains(*id)).map(|id| Op::Block(id, None)));
@@ -319,5 +320,9 @@ impl Engine {
         self.partition.take_found();
         self.found_slots.clear();
         self.full = false;
+        let freed =
+            |op: &Op| matches!(op, Op::Set(_, None) | Op::Cell(_, None) | Op::Bits(_, None) | Op::Prefix(_, None));
+        let locked = self.subjects.values().any(|subject| subject.locked.is_some()) || !self.unplaced.is_empty();
+        self.retry = locked && transition.settle.iter().any(freed);
     }
 }
