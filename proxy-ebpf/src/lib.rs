@@ -20,5 +20,6 @@
 pub mod balance;
 pub mod conntrack;
 pub mod packet;
+pub mod policy;
 pub mod rewrite;
 pub mod sctp;

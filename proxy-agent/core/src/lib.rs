@@ -20,6 +20,7 @@ pub mod facts;
 pub mod fake;
 pub mod ids;
 pub mod name;
+pub mod netpol;
 pub mod plan;
 pub mod policy;
 pub mod reconcile;

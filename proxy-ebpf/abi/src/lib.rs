@@ -92,6 +92,7 @@ macro_rules! abi {
 pub mod addr;
 pub mod device;
 pub mod flow;
+pub mod policy;
 pub mod service;
 pub mod socket;
 pub mod verdict;
