@@ -128,8 +128,8 @@ struct CleanupArgs {
     /// Nothing else is touched. Only when the agent serves and kube-proxy does not run.
     #[arg(long)]
     kube_proxy: bool,
-    /// Take no new flows, and keep those that are there: stop the agent, run this, start kube-proxy; then, when the
-    /// connections have ended, `cleanup` without it.
+    /// Take no new flows, and keep those that are there. Start kube-proxy beside the agent, stop the agent, run this; then,
+    /// when the connections have ended, `cleanup` without it.
     #[arg(long, conflicts_with = "kube_proxy")]
     keep_flows: bool,
     /// Only tell what would be removed.

@@ -117,6 +117,15 @@ fn masqueraded_to_another_node_from_outside_and_from_a_pod() -> Result<()> {
                     steps.push(passes(Hook::ToPod, POD_ONE, back, Reason::Seen));
                 }
                 converse(bench, &format!("{talk:?}, {hook}"), &steps)?;
+                if talk.is_tcp() {
+                    // Another proxy of the node may use the port as soon as the connection has ended.
+                    let reset = talk.frame(client, node, tcp_flag::RST);
+                    bench.feed(hook, &at, &reset.build())?;
+                    let mut stranger = talk.frame(backend, seen, SYN_ACK);
+                    (stranger.src, stranger.dst) = (OUTSIDE.mac, NODE_ONE.mac);
+                    let untouched = [passes(Hook::FromNetdev, NODE_ONE, stranger, Reason::Seen)];
+                    converse(bench, &format!("{talk:?}, {hook}: ended"), &untouched)?;
+                }
                 bench.forget_flows()?;
             }
         }

@@ -22,7 +22,7 @@ use proxy_abi::{
     Tuple, Work,
 };
 use proxy_ebpf::conntrack::{self, Sender};
-use proxy_ebpf::packet::{self, Family, Fragment, Parsed, V4, V6};
+use proxy_ebpf::packet::{self, Family, Fragment, Parsed, V4, V6, tcp_flag};
 
 use crate::ctx::{Skb, copy, copy_mac, forget, write_key};
 use crate::exit::{self, Outcome, Verdict};
@@ -297,6 +297,16 @@ fn known<F: Family>(
         plan.service = entry.service;
         plan.backend = entry.backend;
         return (step::OPEN_SERVICE, Reason::NoBackend);
+    }
+    // A connection that has ended is not answered any more: this one belongs to another that looks like it, for example one
+    // of another proxy that masquerades with a port which was ours.
+    if original == 0
+        && answers != 0
+        && parsed.tcp_flags & tcp_flag::SYN != 0
+        && parsed.proto == Proto::TCP
+        && forget(u32::from(conntrack::is_over(entry.state))) != 0
+    {
+        return (step::PASS, Reason::Seen);
     }
     // A Service may have come to the address that a direct flow goes to. Looked for with each request to open a connection,
     // and once a second for all else but TCP.
