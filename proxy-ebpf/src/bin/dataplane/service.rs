@@ -18,6 +18,9 @@ const EEXIST: i32 = -17;
 /// How long the source port of a masqueraded flow that has ended rests, as long as others are free.
 const RESTING: u64 = 60 * conntrack::SECOND;
 
+/// How long it rests in any case: its last segments may still be on their way, and would be taken for the next one's.
+const SETTLING: u64 = conntrack::SECOND / 2;
+
 /// How long a handshake that gets no further stands in the way of another flow.
 const HANDSHAKE: u64 = 60 * conntrack::SECOND;
 
@@ -111,7 +114,7 @@ fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto, eager: bool) -> boo
         return true;
     }
     let idle = new.last_seen.saturating_sub(old.last_seen);
-    if !eager && old.flags & FlowEntry::MASQUERADED != 0 && idle < RESTING {
+    if old.flags & FlowEntry::MASQUERADED != 0 && idle < if eager { SETTLING } else { RESTING } {
         // Its backend may hold the connection in TIME_WAIT: rather another port. It would take a SYN with a later
         // sequence number or time stamp (RFC 9293 §3.6.1, RFC 7323 §5), which another client's need not have.
         return false;
