@@ -123,7 +123,12 @@ fn masqueraded_to_another_node_from_outside_and_from_a_pod() -> Result<()> {
                     bench.feed(hook, &at, &reset.build())?;
                     let mut stranger = talk.frame(backend, seen, SYN_ACK);
                     (stranger.src, stranger.dst) = (OUTSIDE.mac, NODE_ONE.mac);
-                    let untouched = [passes(Hook::FromNetdev, NODE_ONE, stranger, Reason::Seen)];
+                    let mut data = talk.frame(backend, seen, ACK);
+                    (data.src, data.dst) = (OUTSIDE.mac, NODE_ONE.mac);
+                    let untouched = [
+                        passes(Hook::FromNetdev, NODE_ONE, stranger, Reason::Seen),
+                        passes(Hook::FromNetdev, NODE_ONE, data, Reason::NotService),
+                    ];
                     converse(bench, &format!("{talk:?}, {hook}: ended"), &untouched)?;
                 }
                 bench.forget_flows()?;

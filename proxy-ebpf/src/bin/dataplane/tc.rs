@@ -299,13 +299,14 @@ fn known<F: Family>(
         return (step::OPEN_SERVICE, Reason::NoBackend);
     }
     // A connection that has ended is not answered any more: this one belongs to another that looks like it, for example one
-    // of another proxy that masquerades with a port which was ours.
+    // of another proxy that masquerades with a port which was ours. What comes after this segment must not find it either.
     if original == 0
         && answers != 0
         && parsed.tcp_flags & tcp_flag::SYN != 0
         && parsed.proto == Proto::TCP
         && forget(u32::from(conntrack::is_over(entry.state))) != 0
     {
+        flow::flow_discard(found, u32::from(proto_family));
         return (step::PASS, Reason::Seen);
     }
     // A Service may have come to the address that a direct flow goes to. Looked for with each request to open a connection,
