@@ -224,6 +224,20 @@ struct RunArgs {
     kube_proxy: Flags,
 }
 
+/// The whole program: reads the command line, does what it says, and tells why it could not.
+pub fn main() -> ExitCode {
+    match Cli::parse().run() {
+        Ok(code) => code,
+        Err(error) => {
+            #[expect(clippy::print_stderr, reason = "the last word of a failed command")]
+            {
+                eprintln!("proxy-agent: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
 impl Cli {
     /// Does what was asked for.
     pub fn run(self) -> Result<ExitCode> {

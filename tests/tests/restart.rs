@@ -107,11 +107,7 @@ fn twenty_kills_lose_nothing() {
     }
     ping_all(&mut idle, SECOND).check("idle flows").expect("whole");
     for steady in steady {
-        let report = steady.stop();
-        eprintln!("UDP: {} sent, {} lost", report.sent(), report.lost());
-        let wrong = (report.lost(), report.duplicates, report.strangers, report.damaged, report.errors.len());
-        assert_eq!(wrong, (0, 0, 0, 0, 0), "{:?}", report.errors);
-        assert!(report.sent() > 100, "{}", report.sent());
+        steady.stop().assert_whole();
     }
     eprintln!("20 restarts in {took:?}, {transfers} bulk transfers of 8 MiB each way meanwhile");
     assert!(transfers > 0);

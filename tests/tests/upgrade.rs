@@ -131,11 +131,7 @@ fn flows_go_on_over_an_upgrade_and_back() {
     }
     ping_all(&mut idle, SECOND).check("idle flows").expect("whole");
     for steady in steady {
-        let report = steady.stop();
-        eprintln!("UDP: {} sent, {} lost", report.sent(), report.lost());
-        let wrong = (report.lost(), report.duplicates, report.strangers, report.damaged, report.errors.len());
-        assert_eq!(wrong, (0, 0, 0, 0, 0), "{:?}", report.errors);
-        assert!(report.sent() > 100, "{}", report.sent());
+        steady.stop().assert_whole();
     }
     let log = scenario.agent(0).log_text();
     for line in log.lines().filter(|line| line.contains("another version")) {

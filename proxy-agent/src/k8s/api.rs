@@ -33,7 +33,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc::Sender;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::access::{self, Server};
 use super::convert::{
@@ -231,7 +231,15 @@ impl Watch {
                             return;
                         }
                     }
-                    sleep(ABSENT_GAP).await;
+                    // The kind may come with an upgrade of the server, or be allowed to another login.
+                    let reason = async {
+                        tokio::select! {
+                            () = self.tx.closed() => {}
+                            Ok(()) = logins.changed() => {}
+                        }
+                    };
+                    // Either way it is asked for again.
+                    drop(timeout(ABSENT_GAP, reason).await);
                     continue;
                 }
                 let trouble = Trouble::of(&error);

@@ -70,12 +70,8 @@ impl Reload {
                 }
                 Look::Wrong(error) => tracing::error!("{error}; the configuration in force stays"),
             }
-            let Some(stream) = &mut watch else {
-                tokio::time::sleep_until(tokio::time::Instant::now() + ANYWAY).await;
-                continue;
-            };
-            match timeout(ANYWAY, stream.next()).await {
-                Ok(Some(Ok(_))) => while let Ok(Some(Ok(_))) = timeout(QUIET, stream.next()).await {},
+            match timeout(ANYWAY, told(&mut watch)).await {
+                Ok(Some(Ok(_))) => while let Ok(Some(Ok(_))) = timeout(QUIET, told(&mut watch)).await {},
                 // Its target may be in another folder by now, or the folder be another one.
                 Ok(_) | Err(_) => watch = None,
             }
@@ -130,5 +126,13 @@ impl Reload {
                 None
             }
         }
+    }
+}
+
+/// What the watch tells next; nothing, for ever, when there is none.
+async fn told(watch: &mut Option<EventStream<Vec<u8>>>) -> Option<std::io::Result<inotify::EventOwned>> {
+    match watch {
+        Some(stream) => stream.next().await,
+        None => std::future::pending().await,
     }
 }

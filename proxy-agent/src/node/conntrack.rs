@@ -95,19 +95,8 @@ fn read(message: Message<'_>) -> Option<Translated> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::wire::messages;
+    use super::super::wire::{messages, nest};
     use super::*;
-
-    fn nest(attributes: &[(u16, &[u8])]) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        for (kind, value) in attributes {
-            bytes.extend_from_slice(&u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
-            bytes.extend_from_slice(&kind.to_ne_bytes());
-            bytes.extend_from_slice(value);
-            bytes.resize(bytes.len().next_multiple_of(4), 0);
-        }
-        bytes
-    }
 
     fn answer(addresses: &[(u16, &[u8])], proto: u8, status: u32, state: u8) -> Vec<u8> {
         let ports = nest(&[(1, &[proto]), (2, &40_000_u16.to_be_bytes()), (3, &80_u16.to_be_bytes())]);

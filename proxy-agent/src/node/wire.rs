@@ -399,6 +399,19 @@ impl Request {
     }
 }
 
+/// Attributes, as the kernel lays them out.
+#[cfg(test)]
+pub(super) fn nest(attributes: &[(u16, &[u8])]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (kind, value) in attributes {
+        bytes.extend_from_slice(&u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
+        bytes.extend_from_slice(&kind.to_ne_bytes());
+        bytes.extend_from_slice(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+    }
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -408,17 +421,6 @@ mod tests {
         let mut bytes = Request::new(kind, 0, body).0;
         bytes.extend(nest(attributes));
         Request(bytes).finish(7)
-    }
-
-    fn nest(attributes: &[(u16, &[u8])]) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        for (kind, value) in attributes {
-            bytes.extend_from_slice(&u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
-            bytes.extend_from_slice(&kind.to_ne_bytes());
-            bytes.extend_from_slice(value);
-            bytes.resize(bytes.len().next_multiple_of(4), 0);
-        }
-        bytes
     }
 
     fn only(bytes: &[u8]) -> Message<'_> {

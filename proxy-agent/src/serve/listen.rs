@@ -91,10 +91,12 @@ pub fn keep(
     };
     let what = own.what;
     tokio::spawn(async move {
+        let mut tries = tokio::time::interval_at(tokio::time::Instant::now() + RETRY, RETRY);
         let listener = match listener {
             Some(listener) => listener,
+            // Nobody tells when a port is free: it is tried at intervals.
             None => loop {
-                tokio::time::sleep_until(tokio::time::Instant::now() + RETRY).await;
+                tries.tick().await;
                 if let Ok(listener) = bind(address) {
                     tracing::info!(%address, "{what} listens now");
                     break listener;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
@@ -12,6 +13,7 @@ use proxy_core::facts::Facts;
 use proxy_core::name::ObjectName;
 use proxy_core::policy::NodePortAddresses;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::health::{Health, status};
 use super::listen::{self, RETRY, Server};
@@ -112,17 +114,16 @@ pub async fn run(
                 }
             }
         }
-        let retry = async {
-            if failed {
-                tokio::time::sleep_until(tokio::time::Instant::now() + RETRY).await;
-            } else {
-                std::future::pending::<()>().await;
+        let changed = async {
+            tokio::select! {
+                changed = facts.changed() => changed,
+                changed = addresses.changed() => changed,
             }
         };
-        tokio::select! {
-            changed = facts.changed() => if changed.is_err() { return },
-            changed = addresses.changed() => if changed.is_err() { return },
-            () = retry => {}
+        // Nobody tells when a port is free: what failed is tried again with the next change, or after a while.
+        let limit = if failed { RETRY } else { Duration::MAX };
+        if matches!(timeout(limit, changed).await, Ok(Err(_))) {
+            return;
         }
     }
 }

@@ -157,6 +157,17 @@ impl Drop for Steady {
 }
 
 impl SteadyReport {
+    /// Every request was answered, once, by who was asked, undamaged; and there were some.
+    ///
+    /// # Panics
+    /// Otherwise.
+    pub fn assert_whole(&self) {
+        eprintln!("UDP: {} sent, {} lost", self.sent(), self.lost());
+        let wrong = (self.lost(), self.duplicates, self.strangers, self.damaged, self.errors.len());
+        assert_eq!(wrong, (0, 0, 0, 0, 0), "{:?}", self.errors);
+        assert!(self.sent() > 100, "{}", self.sent());
+    }
+
     /// Requests sent.
     pub fn sent(&self) -> usize {
         self.samples.len()
