@@ -23,3 +23,4 @@ pub mod packet;
 pub mod policy;
 pub mod rewrite;
 pub mod sctp;
+pub mod timewait;

@@ -4,7 +4,8 @@
 use std::net::IpAddr;
 
 use anyhow::{Context as _, Result, ensure};
-use proxy_abi::{FlowEntry, FrontendEntry, FrontendKey, Hook, PortBe, PrefixKey, Proto, Reason};
+use proxy_abi::flow::state;
+use proxy_abi::{FlowEntry, FrontendEntry, FrontendKey, Hook, PortBe, PrefixKey, Proto, Reason, TcpMoment};
 use proxy_tests::Family;
 use proxy_tests::bpf::talk::{Step, TALKS, Talk, changed, converse, drops, passes, reset_of};
 use proxy_tests::bpf::{Bench, ROOMY, frontend, redirected, verdict};
@@ -85,6 +86,38 @@ fn node_port_from_outside_to_a_pod_of_this_node_masqueraded() -> Result<()> {
                 ],
             )?;
             bench.forget_flows()?;
+        }
+        Ok(())
+    })?
+}
+
+/// Whether the backend closed first, and what is remembered of the client's last segment then.
+#[test]
+fn the_last_segment_to_a_backend_that_closed_first_is_remembered() -> Result<()> {
+    const FIN_ACK: u8 = tcp_flag::FIN | ACK;
+    Bench::run(ROOMY, |bench| {
+        for talk in TALKS.into_iter().filter(|talk| talk.is_tcp()) {
+            let key = node_port(talk, FrontendKey::SCOPE_CLUSTER);
+            bench.set_frontend(key, &[(POD_TWO.ip(talk.family), TARGET)], FrontendEntry::MASQUERADE, 0)?;
+            let (client, node, backend) = ((&OUTSIDE, CLIENT), (&NODE_ONE, NODE_PORT), (&POD_TWO, TARGET));
+            for backend_first in [false, true] {
+                let there = |flags| (Hook::FromNetdev, NODE_ONE, talk.frame(client, node, flags));
+                let port = begin(bench, Hook::FromNetdev, &NODE_ONE, &there(SYN).2)?;
+                let back = |flags| (Hook::FromPod, POD_TWO, talk.frame(backend, (&GATEWAY, port), flags));
+                let close =
+                    if backend_first { [back(FIN_ACK), there(FIN_ACK)] } else { [there(FIN_ACK), back(FIN_ACK)] };
+                for (hook, at, frame) in [back(SYN_ACK), there(ACK)].into_iter().chain(close) {
+                    assert_eq!(bench.feed(hook, &at, &frame.build())?.verdict, verdict::REDIRECT, "{frame:?}");
+                }
+                let L4::Tcp(last) = there(FIN_ACK).2.as_ip().context("it is IP")?.l4.clone() else {
+                    panic!("it is TCP")
+                };
+                let expected = TcpMoment { sequence: if backend_first { last.seq } else { 0 }, timestamp: 0 };
+                let flows = bench.flows()?;
+                let remembered: Vec<_> = flows.iter().map(|(_, _, entry)| (entry.state, entry.last_sent)).collect();
+                assert_eq!(remembered, [(state::CLOSED, expected); 2], "{talk:?}, backend first: {backend_first}");
+                bench.forget_flows()?;
+            }
         }
         Ok(())
     })?

@@ -17,8 +17,8 @@ use proxy_tests::packet::{Arp, Body, Checksums, Frame, L4, L4Sum, Mac, verify_ch
 use proxy_tests::rawsock::RawSocket;
 use proxy_tests::traffic::flow::ping_all;
 use proxy_tests::traffic::{
-    BusyFlows, Flow, Serving, Steady, SteadyOptions, TcpServer, UdpOptions, UdpServer, busy_during, connect_rate,
-    tcp_bulk, tcp_exchange, tcp_rr, udp_exchange, udp_rr,
+    BusyFlows, Closer, Flow, Serving, Steady, SteadyOptions, TcpServer, UdpOptions, UdpServer, busy_during,
+    connect_rate, tcp_bulk, tcp_exchange, tcp_rr, udp_exchange, udp_rr,
 };
 use proxy_tests::{
     Agent, AgentOptions, Cluster, ClusterSpec, Deadline, Error, Family, Links, Netns, NodeSpec, PodSpec,
@@ -315,7 +315,7 @@ fn rates_are_measured() {
     let time = Duration::from_millis(300);
     let at = |port| SocketAddr::new(b.ip4(), port);
 
-    let (report, cpu) = busy_during(|| connect_rate(a.netns(), at(PORT), 4, time)).expect("cpu time");
+    let (report, cpu) = busy_during(|| connect_rate(a.netns(), at(PORT), 4, time, Closer::Client)).expect("cpu time");
     let connections = report.expect("connections");
     assert_eq!((connections.operations, connections.errors), (short.accepted(), 0), "{connections}");
     assert!(cpu.wall >= time && cpu.busy() > Duration::ZERO, "{cpu:?}");

@@ -61,8 +61,16 @@ abi! {
         pub rule: u32,
     }
 
+    /// A moment of a TCP sender, in host byte order: what a socket in TIME_WAIT compares a new SYN with.
+    pub struct TcpMoment [8] {
+        /// Sequence number.
+        pub sequence: u32,
+        /// TSval of its timestamp option (RFC 7323 §3.2); 0 = it has none.
+        pub timestamp: u32,
+    }
+
     /// State of a flow. The same layout under both keys of a translated flow, each complete in itself.
-    pub struct FlowEntry [136 + NEXT] {
+    pub struct FlowEntry [144 + NEXT] {
         /// As the initiator sends.
         pub original: Tuple,
         /// As the responder receives; its source is another address for a hairpin or SNAT, another port after a clash.
@@ -86,6 +94,8 @@ abi! {
         pub initiator_stamp: Stamp,
         /// Policy on the responder's side (ingress).
         pub responder_stamp: Stamp,
+        /// Of a masqueraded connection that the responder closed first: the initiator's last segment. All zero otherwise.
+        pub last_sent: TcpMoment,
         /// MAC of the initiator's pod.
         pub initiator_mac: MacBytes,
         /// MAC of the responder's pod.
@@ -105,7 +115,7 @@ abi! {
     /// Where a program makes a new flow: one for each CPU, in a map of its own that is not pinned. Programs at tc run
     /// with bottom halves off, so none of them interrupts another on its CPU. Being in a map, it costs no stack, and the
     /// verifier forgets what was written: paths that differ by nothing else are walked once.
-    pub struct Work [384 + NEXT] {
+    pub struct Work [400 + NEXT] {
         /// The tuple that a packet is to get.
         pub new: Tuple,
         /// Interface that it is redirected to; 0: on through the stack.
@@ -134,6 +144,8 @@ abi! {
         pub route: [u32; 16],
         /// MTU of the path that a packet is too big for.
         pub mtu: u32,
+        /// Of the SYN that asks for a masqueraded connection.
+        pub asked: TcpMoment,
     }
 
     /// A fragmented packet: RFC 791 §3.2, RFC 8200 §4.5.
@@ -270,6 +282,7 @@ impl FlowEntry {
         responder_ifindex: 0,
         initiator_stamp: Stamp { revision: 0, rule: 0 },
         responder_stamp: Stamp { revision: 0, rule: 0 },
+        last_sent: TcpMoment { sequence: 0, timestamp: 0 },
         initiator_mac: MacBytes([0; 6]),
         responder_mac: MacBytes([0; 6]),
         initiator_slot: 0,

@@ -99,7 +99,7 @@ pub mod verdict;
 
 pub use addr::{IpBytes, MacBytes, PortBe, Proto};
 pub use device::{DeviceEntry, LocalPodEntry};
-pub use flow::{FlowEntry, FlowKey, FragmentEntry, FragmentKey, Stamp, Tuple, Work};
+pub use flow::{FlowEntry, FlowKey, FragmentEntry, FragmentKey, Stamp, TcpMoment, Tuple, Work};
 pub use service::{
     AffinityEntry, AffinityKey, BackendEntry, FrontendEntry, FrontendKey, NameBytes, PrefixKey, ServiceEntry,
 };
@@ -109,7 +109,7 @@ pub use verdict::{CounterEntry, Hook, Reason};
 /// Version of every layout in this crate. It names the pin directory, so that two versions never share a map.
 /// Raise it with any change of a type here; `proxy-ebpf/abi/fingerprint` must change with it, which `cargo xtask tidy` checks.
 #[cfg(not(feature = "layout-next"))]
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 /// Of the imagined next version: not the number of any real one.
 #[cfg(feature = "layout-next")]
 pub const ABI_VERSION: u32 = 1000;

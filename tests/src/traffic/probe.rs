@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, ErrorKind, Write as _};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use super::socket::{tcp_connect, timed_out, udp_client};
@@ -72,8 +73,17 @@ fn ask_tcp(target: SocketAddr, patience: Duration) -> io::Result<(String, Socket
     Ok((greeting.server, greeting.peer))
 }
 
+/// A port that no question before came from, as long as they last: a flow of UDP outlives its socket, and keeps its
+/// backend. Below the ports that the kernel chooses, and above those that servers and NodePorts have here.
+fn fresh_port() -> u16 {
+    const FIRST: u16 = 10_000;
+    const END: u16 = 30_000;
+    static ASKED: AtomicU16 = AtomicU16::new(0);
+    FIRST + ASKED.fetch_add(1, Ordering::Relaxed) % (END - FIRST)
+}
+
 fn ask_udp(target: SocketAddr, patience: Duration) -> io::Result<(String, SocketAddr)> {
-    let socket = udp_client(target, 0, patience)?;
+    let socket = udp_client(target, fresh_port(), patience)?;
     socket.connect(target)?;
     socket.send(&fastrand::u128(..).to_be_bytes())?;
     let deadline = Deadline::after(patience);

@@ -100,14 +100,33 @@ impl fmt::Display for RateReport {
     }
 }
 
-/// Connect, request, response, close, over and over: every connection is a new flow. The client closes first.
-pub fn connect_rate(netns: &Netns, target: SocketAddr, workers: usize, duration: Duration) -> Result<RateReport> {
+/// Which end closes a connection first, and so holds it in TIME_WAIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closer {
+    /// The client.
+    Client,
+    /// The server.
+    Server,
+}
+
+/// Connect, request, response, close, over and over: every connection is a new flow.
+pub fn connect_rate(
+    netns: &Netns,
+    target: SocketAddr,
+    workers: usize,
+    duration: Duration,
+    closer: Closer,
+) -> Result<RateReport> {
     work(netns, workers, duration, move || {
-        let request = Mode::Echo.encode();
+        let request = if closer == Closer::Client { Mode::Echo } else { Mode::Farewell }.encode();
         Ok(move || {
             let mut connection = tcp_connect(target, 0, PATIENCE)?;
             connection.write_all(&request)?;
-            Greeting::read(&connection).map(drop)
+            Greeting::read(&connection)?;
+            match closer {
+                Closer::Client => Ok(()),
+                Closer::Server => io::copy(&mut connection, &mut io::sink()).map(drop),
+            }
         })
     })
 }

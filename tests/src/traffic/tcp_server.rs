@@ -176,6 +176,7 @@ fn serve(name: &str, mut connection: &TcpStream) -> io::Result<()> {
         Mode::Exchange { up, down, seed } => exchange(connection, up, down, seed),
         Mode::Echo => echo(connection),
         Mode::Sink => sink(connection),
+        Mode::Farewell => Ok(()),
     }
 }
 

@@ -4,6 +4,7 @@
 //!   TCP  client: Mode ─▶ server: Greeting, then by mode
 //!        Exchange  client: `up` bytes ─▶ server: Receipt, `down` bytes ─▶ client closes
 //!        Echo      client: frame ─▶ server: the same frame, any number of times; none is a bare request-response
+//!        Farewell  server: closes at once
 //!        Sink      client: bytes until it shuts down ─▶ server: Receipt
 //!   UDP  request: any bytes (the first 16 are its tag) ─▶ reply: UdpReply, then the request's bytes from there on
 //! ```
@@ -37,6 +38,8 @@ pub enum Mode {
     Echo,
     /// Bytes until the client shuts down, unchecked.
     Sink,
+    /// Nothing more: the server closes first, so its end waits in TIME_WAIT.
+    Farewell,
 }
 
 impl Mode {
@@ -46,6 +49,7 @@ impl Mode {
             Self::Exchange { up, down, seed } => (0, up, down, seed),
             Self::Echo => (1, 0, 0, 0),
             Self::Sink => (2, 0, 0, 0),
+            Self::Farewell => (3, 0, 0, 0),
         };
         let mut header = [0; HEADER_LEN];
         header[..4].copy_from_slice(&TCP_MAGIC);
@@ -63,6 +67,7 @@ impl Mode {
             (true, 0) => Some(Self::Exchange { up: number(8), down: number(16), seed: number(24) }),
             (true, 1) => Some(Self::Echo),
             (true, 2) => Some(Self::Sink),
+            (true, 3) => Some(Self::Farewell),
             _ => None,
         }
     }

@@ -9,7 +9,7 @@ use proxy_abi::flow::state;
 use proxy_abi::{FlowEntry, FlowKey, Hook, Proto, Reason, Work};
 use proxy_ebpf::conntrack;
 
-use crate::ctx::{copy_flow, forget, write_key};
+use crate::ctx::{copy, copy_flow, forget, write_key};
 use crate::exit::count;
 use crate::maps::{FLOW_BRIEF, FLOW_LIVE, POD_FLOWS, POD_QUOTA, WORK};
 
@@ -115,8 +115,7 @@ extern "C" fn flow_twin(work: *mut Work, proto_family: u32, moves: u32) -> u32 {
         // SAFETY: a pointer into a map that was just found; fields are written as in `flow_update`.
         let found = unsafe { &mut *found };
         if found.original.is(&work.entry.original) && found.translated.is(&work.entry.translated) {
-            found.state = work.entry.state;
-            found.last_seen = work.entry.last_seen;
+            renew(found, &work.entry);
             return 0;
         }
         if !is_stray(found) {
@@ -132,6 +131,14 @@ extern "C" fn flow_twin(work: *mut Work, proto_family: u32, moves: u32) -> u32 {
         let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode));
     }
     0
+}
+
+/// Writes what changes in a flow into an entry of it.
+#[inline(always)]
+fn renew(found: &mut FlowEntry, flow: &FlowEntry) {
+    found.state = flow.state;
+    found.last_seen = flow.last_seen;
+    copy(&mut found.last_sent, &flow.last_sent);
 }
 
 /// Is it a direct flow of which one direction was seen, or that has ended?
@@ -170,8 +177,7 @@ extern "C" fn flow_transfer(work: *mut Work, proto_family: u32, moves: u32, hook
     });
     match left {
         Some(left) if left.original.is(&work.entry.original) && left.translated.is(&work.entry.translated) => {
-            left.state = work.entry.state;
-            left.last_seen = work.entry.last_seen;
+            renew(left, &work.entry);
         }
         _ => {
             let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY));
@@ -211,7 +217,8 @@ pub(crate) fn is_over_quota(ifindex: u32) -> bool {
     quota != 0 && POD_FLOWS.get_ptr(&ifindex).is_some_and(|count| unsafe { *count }.cast_signed() >= i64::from(quota))
 }
 
-/// Takes a flow whose initiator begins anew out of both tables, under both keys.
+/// Takes a flow whose initiator begins anew out of both tables, under both keys. What is known of the masqueraded port of
+/// one that has ended stays there: its backend may hold it in TIME_WAIT.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn flow_discard(entry: *const FlowEntry, proto_family: u32) -> u32 {
@@ -222,19 +229,36 @@ pub(crate) extern "C" fn flow_discard(entry: *const FlowEntry, proto_family: u32
     let work = unsafe { &mut *work };
     copy_flow(&mut work.entry, entry);
     flow_remove(work, proto_family);
+    let rests = FlowEntry::KEY_ORIGINAL | FlowEntry::MASQUERADED;
+    if work.entry.flags & rests == rests && conntrack::is_over(work.entry.state) {
+        return 0;
+    }
     work.entry.flags ^= ROLES;
     flow_remove(work, proto_family)
 }
 
+/// Removes the flow in `work` from where its role says. Under the translated key there may be another flow by now, which
+/// has taken over the port of one that had ended: it stays.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn flow_remove(work: *mut Work, proto_family: u32) -> u32 {
     // SAFETY: as in `flow_update`.
     let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
     own_key(work, proto_family as u16);
-    if FLOW_LIVE.remove(&work.key).is_ok() {
+    if is_same(FLOW_LIVE.get_ptr(&work.key), &work.entry) && FLOW_LIVE.remove(&work.key).is_ok() {
         charge(&work.entry, LESS);
     }
-    let _ = FLOW_BRIEF.remove(&work.key);
+    if is_same(FLOW_BRIEF.get_ptr(&work.key), &work.entry) {
+        let _ = FLOW_BRIEF.remove(&work.key);
+    }
     0
+}
+
+/// Is what was found an entry of this flow?
+#[inline(always)]
+fn is_same(found: Option<*const FlowEntry>, entry: &FlowEntry) -> bool {
+    // SAFETY: a pointer into a map that was just found.
+    found.is_some_and(|found| unsafe {
+        (*found).original.is(&entry.original) && (*found).translated.is(&entry.translated)
+    })
 }

@@ -52,12 +52,16 @@ pub(crate) static POD_FLOWS: HashMap<u32, u64> = HashMap::with_max_entries(capac
 #[map(name = "limit")]
 pub(crate) static LIMIT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
+// The agent sets each of these before it loads the programs. What stands here must be a value that no constant of the
+// programs has: the compiler keeps one copy of equal constants, and a zero that is meant to stay zero would change with
+// the setting.
+
 /// Does the kernel know `bpf_set_retval` (Linux 5.18)? 0 or 1.
 #[unsafe(no_mangle)]
-pub(crate) static SET_RETVAL: Global<u32> = Global::new(0);
+pub(crate) static SET_RETVAL: Global<u32> = Global::new(0xa5a5_0001);
 /// Established flows that one pod may have begun; 0 = any number.
 #[unsafe(no_mangle)]
-pub(crate) static POD_QUOTA: Global<u32> = Global::new(0);
+pub(crate) static POD_QUOTA: Global<u32> = Global::new(0xa5a5_0002);
 /// Cookie of the network namespace whose sockets are translated (`SO_NETNS_COOKIE` of a socket of the agent).
 #[unsafe(no_mangle)]
-pub(crate) static NETNS_COOKIE: Global<u64> = Global::new(0);
+pub(crate) static NETNS_COOKIE: Global<u64> = Global::new(0xa5a5_0003_a5a5_0003);

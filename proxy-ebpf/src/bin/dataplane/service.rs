@@ -2,9 +2,9 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST};
 use proxy_abi::flow::{provenance, state};
-use proxy_abi::{DeviceEntry, FlowEntry, FlowKey, FrontendEntry, MacBytes, Proto, Reason, Stamp, Work};
+use proxy_abi::{DeviceEntry, FlowEntry, FlowKey, FrontendEntry, MacBytes, Proto, Reason, Stamp, TcpMoment, Work};
 use proxy_ebpf::packet::Parsed;
-use proxy_ebpf::{balance, conntrack};
+use proxy_ebpf::{balance, conntrack, timewait};
 
 use crate::ctx::{Skb, copy, copy_flow, copy_mac, forget, write_key};
 use crate::flow;
@@ -15,10 +15,11 @@ use crate::route::{self, found};
 /// What inserting with BPF_NOEXIST says about a key that is there.
 const EEXIST: i32 = -17;
 
-/// How long the source port of a masqueraded flow that has ended rests, as long as others are free.
+/// How long the source port of a masqueraded flow rests whose end was not seen, or whose backend holds it in TIME_WAIT.
 const RESTING: u64 = 60 * conntrack::SECOND;
 
-/// How long it rests in any case: its last segments may still be on their way, and would be taken for the next one's.
+/// How long it rests after any other end: its last segments may still be on their way, and would be taken for the next
+/// one's.
 const SETTLING: u64 = conntrack::SECOND / 2;
 
 /// How long a handshake that gets no further stands in the way of another flow.
@@ -72,6 +73,7 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
     copy(&mut entry.translated, &entry.original);
     copy(&mut entry.initiator_stamp, &NONE);
     copy(&mut entry.responder_stamp, &NONE);
+    copy(&mut entry.last_sent, &timewait::NONE);
     entry.last_seen = flow::now();
     entry.service = 0;
     entry.backend = 0;
@@ -109,15 +111,17 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
 /// May a new flow take the key of this one, which is not in `flow_live`? Yes when it is the same flow's leftover, has
 /// ended, or leads nowhere.
 #[inline(always)]
-fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto, eager: bool) -> bool {
+fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto, asked: TcpMoment) -> bool {
     if old.original.is(&new.original) {
         return true;
     }
     let idle = new.last_seen.saturating_sub(old.last_seen);
-    if old.flags & FlowEntry::MASQUERADED != 0 && idle < if eager { SETTLING } else { RESTING } {
-        // Its backend may hold the connection in TIME_WAIT: rather another port. It would take a SYN with a later
-        // sequence number or time stamp (RFC 9293 §3.6.1, RFC 7323 §5), which another client's need not have.
-        return false;
+    if old.flags & FlowEntry::MASQUERADED != 0 && idle < RESTING {
+        if idle < SETTLING || !conntrack::is_over(old.state) {
+            return false;
+        }
+        let waits = old.state == state::CLOSED && (old.last_sent.sequence | old.last_sent.timestamp) != 0;
+        return !waits || timewait::is_later(old.last_sent, asked);
     }
     if conntrack::is_live(old.state) {
         // Established, but in no other table: `flow_live` had no room; or it is being moved there this very moment; or
@@ -136,7 +140,7 @@ fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto, eager: bool) -> boo
 /// Takes the key of the translated tuple for the flow in `work`, or tells that another flow has it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn service_reserve(work: *mut Work, proto_family: u32, attempt: u32) -> u32 {
+extern "C" fn service_reserve(work: *mut Work, proto_family: u32) -> u32 {
     let proto = Proto(proto_family as u8);
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
@@ -147,7 +151,7 @@ extern "C" fn service_reserve(work: *mut Work, proto_family: u32, attempt: u32) 
             reason = Reason::ServiceNew;
         } else if let Some(old) = FLOW_BRIEF.get_ptr(&work.key) {
             // SAFETY: a pointer into a map that was just found.
-            if gives_way(unsafe { &*old }, &work.entry, proto, attempt >= balance::EAGER) {
+            if gives_way(unsafe { &*old }, &work.entry, proto, work.asked) {
                 let taken = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY)).is_ok();
                 reason = if taken { Reason::ServiceNew } else { Reason::FlowTableFull };
             }
@@ -237,7 +241,7 @@ pub(crate) extern "C" fn service_open(
             };
         }
         work.entry.flags = work.entry.flags & !FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED;
-        service_reserve(work, u32::from(meta.proto_family()), attempt);
+        service_reserve(work, u32::from(meta.proto_family()));
         if reason(work) == Reason::ServiceNew as u32 {
             break;
         }
@@ -417,10 +421,10 @@ pub(crate) extern "C" fn service_open_beside(
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
     begin(&mut work.entry, meta, device, ifindex);
-    for attempt in 0..balance::PORT_TRIES {
+    for _ in 0..balance::PORT_TRIES {
         work.entry.translated.src_port = balance::source_port(random());
         work.entry.flags = FlowEntry::KEY_TRANSLATED | FlowEntry::INITIATOR_SIDE;
-        service_reserve(work, u32::from(meta.proto_family()), attempt);
+        service_reserve(work, u32::from(meta.proto_family()));
         if reason(work) == Reason::ServiceNew as u32 {
             work.reason = Reason::DirectNew as u32;
             service_finish(work, u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_INITIATOR), BPF_ANY);

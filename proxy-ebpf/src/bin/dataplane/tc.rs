@@ -17,12 +17,14 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_redirect;
+use proxy_abi::flow::state::{CLOSED, FIN_RESPONDER};
 use proxy_abi::{
     DeviceEntry, FlowEntry, FlowKey, FragmentEntry, FrontendEntry, Hook, IpBytes, PortBe, PrefixKey, Proto, Reason,
-    Tuple, Work,
+    TcpMoment, Tuple, Work,
 };
 use proxy_ebpf::conntrack::{self, Sender};
-use proxy_ebpf::packet::{self, Family, Fragment, Parsed, V4, V6, tcp_flag};
+use proxy_ebpf::packet::{self, Family, Fragment, OFFSET_MASK, Parsed, V4, V6, tcp_flag};
+use proxy_ebpf::timewait;
 
 use crate::ctx::{Skb, copy, copy_mac, forget, write_key};
 use crate::exit::{self, Outcome, Verdict};
@@ -114,7 +116,7 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
         FlowKey::SIDE_COMMON,
     );
     let (next, reason) = match flow::find(&plan.key) {
-        Some(found) => known::<F>(hook, &parsed, device, ifindex, found, plan),
+        Some(found) => known::<F>(skb, hook, &parsed, device, ifindex, found, plan),
         None => (step::OPEN_SERVICE, Reason::ServiceNew),
     };
     let (mut next, mut reason) = (forget(next), forget(reason as u32));
@@ -237,6 +239,7 @@ extern "C" fn fragment_ports(tuple: *const Tuple, id: u32, proto: u32, first: u3
 /// A packet whose flow is in the table.
 #[inline(always)]
 fn known<F: Family>(
+    skb: Skb,
     hook: Hook,
     parsed: &Parsed,
     device: *const DeviceEntry,
@@ -329,6 +332,13 @@ fn known<F: Family>(
     let sender = if answers == 0 { Sender::Initiator } else { Sender::Responder };
     let state = forget(u32::from(conntrack::step(entry.state, sender, parsed.proto, parsed.tcp_flags))) as u8;
     let idle = now.saturating_sub(entry.last_seen);
+    if forget(u32::from(state == CLOSED && entry.state == FIN_RESPONDER && entry.flags & FlowEntry::MASQUERADED != 0))
+        != 0
+    {
+        // The backend closed first, and holds the connection in TIME_WAIT from this segment on.
+        // SAFETY: as above; both directions write under the rules of `flow_update`.
+        tcp_moment(skb.0, u32::from(parsed.l4), unsafe { &raw mut (*found).last_sent });
+    }
     if state != entry.state || idle > conntrack::TOUCH {
         flow::update(found, state, now, proto_family, hook);
     }
@@ -348,6 +358,16 @@ fn known<F: Family>(
         return (step::WRITE, Reason::Reply);
     }
     (step::PASS, Reason::Seen)
+}
+
+/// [`timewait::moment`] of a segment.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn tcp_moment(skb: *mut __sk_buff, l4: u32, to: *mut TcpMoment) -> u32 {
+    // SAFETY: the caller's: part of an entry of a map.
+    let Some(to) = (unsafe { to.as_mut() }) else { return 0 };
+    copy(to, &timewait::moment(&Skb(skb), l4 as usize & OFFSET_MASK));
+    0
 }
 
 /// The pod's address as the agent bound it.
@@ -386,6 +406,10 @@ fn open(
                 return (step::PASS, Reason::Midstream as u32);
             }
             return (step::DROP, Reason::NoFlow as u32);
+        }
+        if parsed.proto == Proto::TCP && meta.0 & Meta::MASQUERADE != 0 {
+            // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+            tcp_moment(skb.0, u32::from(parsed.l4), unsafe { &raw mut (*work).asked });
         }
         service::service_open(skb.0, work, frontend, device, meta.0);
     } else if how == step::OPEN_BESIDE {

@@ -170,6 +170,11 @@ impl Site {
     }
 
     /// Where the client is.
+    /// Which way its clients take.
+    pub(crate) const fn title(&self) -> &'static str {
+        self.scene.title()
+    }
+
     pub(crate) fn client(&self) -> &Netns {
         if self.scene.is_outside() { self.cluster.outside() } else { self.client.netns() }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::time::{ClockId, clock_gettime};
-use proxy_tests::traffic::{RateReport, busy_during, connect_rate, tcp_bulk, tcp_rr, udp_rr};
+use proxy_tests::traffic::{Closer, RateReport, busy_during, connect_rate, tcp_bulk, tcp_rr, udp_rr};
 use serde::Serialize;
 
 use crate::contender::Site;
@@ -98,8 +98,8 @@ pub(crate) fn measure(site: &Site, kind: Kind, time: Duration) -> Result<Sample>
         return Ok(Sample { rate: bytes * 8e-9 / report.duration.as_secs_f64(), p50: 0.0, p99: 0.0, cpu, own });
     }
     let (report, cpu) = busy_during(|| match kind {
-        Kind::Connect1 => connect_rate(client, short, 1, time),
-        Kind::Connect16 => connect_rate(client, short, 16, time),
+        Kind::Connect1 => connect_rate(client, short, 1, time, Closer::Client),
+        Kind::Connect16 => connect_rate(client, short, 16, time, Closer::Client),
         Kind::TcpRequest => tcp_rr(client, long, 1, time),
         Kind::UdpRequest | Kind::Bulk => udp_rr(client, datagram, 1, DATAGRAM, time),
     })?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use proxy_tests::traffic::connect_rate;
+use proxy_tests::traffic::{Closer, connect_rate};
 use serde_json::{Value, json};
 
 use crate::contender::{Contender, NFTABLES, OURS, Scene, Site, Way};
@@ -147,23 +147,43 @@ pub(crate) fn scale(many: u16, count: usize, time: Duration) -> Result<Value> {
     }))
 }
 
-/// Connections of one client address through a masquerading NodePort, one after the other for `whole`: the rate of each
-/// tenth of it, and how many failed.
+/// Connections of one client address through a masquerading NodePort, for `whole`, and as many beside them through one
+/// that keeps the source, in turns: the rate of each, and how many failed.
 pub(crate) fn sustain(whole: Duration) -> Result<Value> {
-    println!("\n== one client address, NodePort with policy Cluster, 16 clients for {whole:?}");
-    let site = Site::build(OURS, Scene::OutsideCluster, 10, None)?;
-    let begin = Instant::now();
-    let (mut rates, mut errors, mut operations, mut first_error) = (Vec::new(), 0, 0, None);
-    while begin.elapsed() < whole {
-        let report = connect_rate(site.client(), site.target(Port::Short), 16, whole / 10)?;
-        println!("  {:>6.0} per second, {} of {} failed", report.per_second(), report.errors, report.operations);
-        rates.push(report.per_second());
-        errors += report.errors;
-        operations += report.operations;
-        first_error = first_error.or(report.first_error);
+    println!("\n== one client address, NodePort, 16 clients: policies Cluster and Local in turns, {whole:?} each");
+    println!("   The backend closes first, so that it holds each connection in TIME_WAIT.");
+    let mut sides = Vec::new();
+    for scene in [Scene::OutsideCluster, Scene::OutsideLocal] {
+        sides.push((Site::build(OURS, scene, 10, None)?, Vec::new(), 0, 0, None));
     }
-    if let Some(error) = &first_error {
-        println!("  the first failure: {error}");
+    let turn = whole / 10;
+    for _ in 0..10 {
+        for (site, rates, errors, operations, first_error) in &mut sides {
+            let begin = Instant::now();
+            let report = connect_rate(site.client(), site.target(Port::Short), 16, turn, Closer::Server)?;
+            let scene = site.title();
+            println!("  {scene}: {:>6.0} per second, {} of {}", report.per_second(), report.errors, report.operations);
+            rates.push(report.per_second());
+            *errors += report.errors;
+            *operations += report.operations;
+            if first_error.is_none() {
+                *first_error = report.first_error;
+            }
+            anyhow::ensure!(begin.elapsed() < turn * 3, "{scene}: clients did not come to their end");
+        }
     }
-    Ok(json!({ "per_second": rates, "operations": operations, "errors": errors, "first_error": first_error }))
+    let comparison = Comparison {
+        text: "per second, sustained: policy Cluster ÷ policy Local".to_owned(),
+        estimate: Estimate::of_ratios(&sides[0].1, &sides[1].1),
+        budget: None,
+    };
+    print_comparisons(std::slice::from_ref(&comparison));
+    let side = |at: usize| {
+        let (site, rates, errors, operations, first_error) = &sides[at];
+        json!({
+            "scene": site.title(), "per_second": rates, "operations": operations, "errors": errors,
+            "first_error": first_error,
+        })
+    };
+    Ok(json!({ "cluster": side(0), "local": side(1), "comparison": comparison.json() }))
 }
