@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
@@ -465,33 +466,40 @@ impl Dataplane for Bpf {
 }
 
 /// Leaves TCP connections to what translates them now: each gets an entry as a direct flow, so that its segments pass
-/// untouched. Without one a segment to a Service in the middle of an unknown connection drops. Returns how many were new.
+/// untouched. Without one a segment to a Service in the middle of an unknown connection drops. Another entry, as the backend
+/// sees the connection, keeps its port from being taken for one that is masqueraded here. Returns how many were new.
 pub fn adopt(maps: &Maps, connections: &[Translated], now: u64) -> Result<usize, Error> {
     let mut adopted = 0;
     for connection in connections {
-        let (src, dst) = (connection.from, connection.to);
-        let tuple = Tuple {
-            src: src.ip().into(),
-            dst: dst.ip().into(),
-            src_port: PortBe::new(src.port()),
-            dst_port: PortBe::new(dst.port()),
-        };
-        let key = tuple.key(Proto::TCP, tuple.dst.family(), FlowKey::SIDE_COMMON);
-        if maps.flow_live.get(&key)?.is_some() || maps.flow_brief.get(&key)?.is_some() {
-            continue;
-        }
-        let entry = FlowEntry {
-            original: tuple,
-            translated: tuple,
-            last_seen: now,
-            flags: FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED,
-            state: state::ESTABLISHED,
-            ..FlowEntry::NONE
-        };
-        maps.flow_live.set(&key, &entry)?;
-        adopted += 1;
+        let asked = adopt_one(maps, connection.from, connection.to, now)?;
+        adopt_one(maps, connection.seen, connection.backend, now)?;
+        adopted += usize::from(asked);
     }
     Ok(adopted)
+}
+
+/// A direct flow that is established, unless something is known of it. Was it not?
+fn adopt_one(maps: &Maps, from: SocketAddr, to: SocketAddr, now: u64) -> Result<bool, Error> {
+    let tuple = Tuple {
+        src: from.ip().into(),
+        dst: to.ip().into(),
+        src_port: PortBe::new(from.port()),
+        dst_port: PortBe::new(to.port()),
+    };
+    let key = tuple.key(Proto::TCP, tuple.dst.family(), FlowKey::SIDE_COMMON);
+    if maps.flow_live.get(&key)?.is_some() || maps.flow_brief.get(&key)?.is_some() {
+        return Ok(false);
+    }
+    let entry = FlowEntry {
+        original: tuple,
+        translated: tuple,
+        last_seen: now,
+        flags: FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED,
+        state: state::ESTABLISHED,
+        ..FlowEntry::NONE
+    };
+    maps.flow_live.set(&key, &entry)?;
+    Ok(true)
 }
 
 /// Takes no new flows any more, and keeps those that are there: for another proxy to take over. Returns what was removed,

@@ -20,6 +20,7 @@ use proxy_abi::{
     BackendEntry, DeviceEntry, FlowEntry, FlowKey, FrontendEntry, FrontendKey, Hook, IpBytes, LocalPodEntry, MacBytes,
     PortBe, Proto, Reason,
 };
+use proxy_agent::dataplane::pins::Maps;
 use proxy_agent::dataplane::sysbpf::{self, TestRun};
 use proxy_agent::dataplane::{AttachMode, Bpf, Config, cleanup};
 
@@ -363,6 +364,11 @@ impl Bench {
     /// Only what can be compared.
     pub fn entries(&self) -> Result<Vec<Entry>> {
         Ok(self.flows()?.into_iter().map(|(_, entry, _)| entry).collect())
+    }
+
+    /// The maps, as the agent has them.
+    pub fn maps(&self) -> &Maps {
+        self.bpf.maps()
     }
 
     /// Forgets all flows.

@@ -1,11 +1,13 @@
 //! Single packets of Services that are reached from outside, refused, or spoken to in other ways than by a pod's plain
 //! connection: whole packets, verdicts and counters, as in `packets.rs`.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_abi::flow::state;
 use proxy_abi::{FlowEntry, FrontendEntry, FrontendKey, Hook, PortBe, PrefixKey, Proto, Reason, TcpMoment};
+use proxy_agent::dataplane::adopt;
+use proxy_agent::node::conntrack::Translated;
 use proxy_tests::Family;
 use proxy_tests::bpf::talk::{Step, TALKS, Talk, changed, converse, drops, passes, reset_of};
 use proxy_tests::bpf::{Bench, ROOMY, frontend, redirected, verdict};
@@ -118,6 +120,54 @@ fn the_last_segment_to_a_backend_that_closed_first_is_remembered() -> Result<()>
                 assert_eq!(remembered, [(state::CLOSED, expected); 2], "{talk:?}, backend first: {backend_first}");
                 bench.forget_flows()?;
             }
+        }
+        Ok(())
+    })?
+}
+
+/// Connections of a proxy that is taken over from pass, and no port of theirs is given to another one.
+#[test]
+fn ports_of_another_proxy_are_not_taken() -> Result<()> {
+    Bench::run(ROOMY, |bench| {
+        for talk in TALKS.into_iter().filter(|talk| talk.is_tcp()) {
+            let key = node_port(talk, FrontendKey::SCOPE_CLUSTER);
+            bench.set_frontend(key, &[(POD_TWO.ip(talk.family), TARGET)], FrontendEntry::MASQUERADE, 0)?;
+            let at = |host: &Host, port: u16| SocketAddr::from(talk.end(host, port));
+            let theirs: Vec<_> = MASQUERADED
+                .map(|port| Translated {
+                    from: at(&OUTSIDE, port),
+                    to: at(&NODE_ONE, NODE_PORT),
+                    seen: at(&GATEWAY, port),
+                    backend: at(&POD_TWO, TARGET),
+                })
+                .collect();
+            assert_eq!(adopt(bench.maps(), &theirs, 1)?, theirs.len());
+            assert_eq!(adopt(bench.maps(), &theirs, 2)?, 0, "again");
+            converse(
+                bench,
+                &format!("{talk:?}"),
+                &[
+                    passes(
+                        Hook::FromNetdev,
+                        NODE_ONE,
+                        talk.frame((&OUTSIDE, 2000), (&NODE_ONE, NODE_PORT), ACK),
+                        Reason::Direct,
+                    ),
+                    passes(
+                        Hook::FromPod,
+                        POD_TWO,
+                        talk.frame((&POD_TWO, TARGET), (&GATEWAY, 2000), ACK),
+                        Reason::Direct,
+                    ),
+                    drops(
+                        Hook::FromNetdev,
+                        NODE_ONE,
+                        talk.frame((&OUTSIDE, CLIENT), (&NODE_ONE, NODE_PORT), SYN),
+                        Reason::ClashUnresolved,
+                    ),
+                ],
+            )?;
+            bench.forget_flows()?;
         }
         Ok(())
     })?
