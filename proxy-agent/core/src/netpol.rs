@@ -26,13 +26,16 @@
 //!   through a Service is no matter of NetworkPolicy.
 
 pub mod block;
+pub mod dataplane;
 pub mod digest;
 pub mod engine;
 pub mod explain;
+pub mod fake;
 pub mod parse;
 pub mod partition;
 pub mod policy;
 pub mod predicate;
+pub mod reconcile;
 pub mod rules;
 pub mod selector;
 pub mod spec;

@@ -31,7 +31,7 @@ abi! {
         pub bridge: u32,
         /// [`DeviceEntry::REDIRECT`] and others.
         pub flags: u32,
-        /// Policy slot of the pod; 0 = none.
+        /// Policy slot of the pod; 0 = nothing is enforced here; [`DeviceEntry::HELD`].
         pub slot: u16,
         /// 0.
         pub reserved: u16,
@@ -55,6 +55,9 @@ abi! {
 }
 
 impl DeviceEntry {
+    /// In place of a policy slot: policies exist, and whose interface this is is not known. Nothing passes but what the
+    /// node itself begins.
+    pub const HELD: u16 = u16::MAX;
     /// Packets may be redirected from and to this interface past the bridge: nobody else's program or bridge setting
     /// has to see them.
     pub const REDIRECT: u32 = 1;

@@ -12,8 +12,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use proxy_abi::Proto;
 use proxy_abi::policy::{Bits, BlockEntry, Direction, PodDigest, capacity, cell, tier};
+use proxy_abi::{DeviceEntry, Proto};
 
 use self::blocks::Blocks;
 use self::sets::{SetFault, Sets};
@@ -189,7 +189,7 @@ impl Engine {
             sets: Sets::new(limits.sets),
             blocks: Blocks::new(limits.blocks),
             subjects: BTreeMap::new(),
-            slots: IdPool::new(limits.slots.min(1 << 16)),
+            slots: IdPool::new(limits.slots.min(DeviceEntry::HELD.into())),
             found_slots: BTreeMap::new(),
             unslotted: BTreeSet::new(),
             ips: BTreeMap::new(),
@@ -210,6 +210,8 @@ impl Engine {
     /// The maps hold this: after the start, after a write that failed for good, or when somebody else may have written.
     /// The next commit compares everything.
     pub fn adopt(&mut self, actual: PolicyTables) {
+        // What rests may be in the maps nevertheless; then it is found there.
+        self.release(u64::MAX, 0);
         for (number, entry) in &actual.cells {
             self.partition.find(*number, entry.digest);
         }
@@ -248,6 +250,14 @@ impl Engine {
     /// What leads from the maps as they are to what all changes so far mean. The caller does it all; when it cannot,
     /// it calls [`Engine::adopt`].
     pub fn commit(&mut self) -> Transition {
+        self.commit_at(0, 0)
+    }
+
+    /// The same, at a time: numbers that the maps forget are used again only after the grace. `now` never goes back.
+    pub fn commit_at(&mut self, now: u64, grace: u64) -> Transition {
+        if self.release(now, grace) && self.wants_room() {
+            self.retry = true;
+        }
         if !self.is_dirty() {
             return Transition::default();
         }
@@ -286,7 +296,7 @@ impl Engine {
             let transition = self.emit();
             match self.overflow(&transition) {
                 None => {
-                    self.install(&transition);
+                    self.install(&transition, now);
                     return transition;
                 }
                 Some(Overflow::Subject(name)) => {
@@ -300,6 +310,34 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Frees the numbers that have rested for the grace. True when there was one.
+    fn release(&mut self, now: u64, grace: u64) -> bool {
+        let freed = [
+            self.slots.release(now, grace),
+            self.sets.release_numbers(now, grace),
+            self.blocks.release_numbers(now, grace),
+            self.partition.release_numbers(now, grace),
+        ];
+        freed.contains(&true)
+    }
+
+    /// Is there somebody who must do without?
+    fn wants_room(&self) -> bool {
+        let locked = self.subjects.values().any(|subject| subject.locked.is_some());
+        locked || !self.unplaced.is_empty() || !self.unslotted.is_empty()
+    }
+
+    /// When a commit may make room for those who do without one; `None` = nobody does, or nothing rests.
+    pub fn next_release(&self, grace: u64) -> Option<u64> {
+        let numbers = [
+            self.slots.next_release(grace),
+            self.sets.next_release(grace),
+            self.blocks.next_release(grace),
+            self.partition.next_release(grace),
+        ];
+        if self.wants_room() { numbers.into_iter().flatten().min() } else { None }
     }
 
     /// The rules of one pod of this node.

@@ -194,6 +194,22 @@ impl Partition {
         self.pools[kind.pool()].give_back(number & !kind.mark());
     }
 
+    /// Gives a swept number back that the maps have forgotten: it rests from now on.
+    pub fn rest(&mut self, number: u32, now: u64) {
+        let kind = Kind::of(number);
+        self.pools[kind.pool()].quarantine(number & !kind.mark(), now);
+    }
+
+    /// Frees the numbers that have rested for the grace. True when there was one.
+    pub fn release_numbers(&mut self, now: u64, grace: u64) -> bool {
+        self.pools.iter_mut().fold(false, |freed, pool| pool.release(now, grace) || freed)
+    }
+
+    /// When that will next find something.
+    pub fn next_release(&self, grace: u64) -> Option<u64> {
+        self.pools.iter().filter_map(|pool| pool.next_release(grace)).min()
+    }
+
     /// Numbers that the maps held and that nothing uses.
     pub fn take_found(&mut self) -> Vec<u32> {
         std::mem::take(&mut self.found).into_values().collect()

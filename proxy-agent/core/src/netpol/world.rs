@@ -293,6 +293,18 @@ impl World {
         policies.filter(|policy| policy.subject.matches(labels)).cloned().collect()
     }
 
+    /// All policies, by name; those among them that were deleted from a namespace that is going and still hold.
+    pub fn policy_names(&self) -> impl Iterator<Item = ObjectName> + '_ {
+        self.spaces.iter().flat_map(|(namespace, space)| {
+            space.policies.keys().map(|name| ObjectName::new(Arc::clone(namespace), Arc::clone(name)))
+        })
+    }
+
+    /// Is there a policy?
+    pub fn has_policies(&self) -> bool {
+        self.spaces.values().any(|space| !space.policies.is_empty())
+    }
+
     /// The pod that an address belongs to.
     pub fn owner(&self, ip: IpAddr) -> Option<&Member> {
         let claims = self.claims.get(&ip)?.iter().filter_map(|name| self.members.get(name));

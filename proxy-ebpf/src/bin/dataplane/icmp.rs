@@ -19,24 +19,40 @@ use crate::ctx::{Skb, copy, forget, write_key};
 use crate::exit::Verdict;
 use crate::maps::WORK;
 use crate::route::found;
-use crate::{flow, tc};
+use crate::{flow, policy, service, tc};
 
 /// Offsets of the transport checksum that may be quoted.
 const TCP_CHECKSUM: usize = 16;
 const UDP_CHECKSUM: usize = 6;
 
+/// In `work`, in place of a reason: the error is about a flow, and policy is to be asked about that. With the flags of
+/// [`policy::again`] and the protocol.
+const ASK: u32 = 1 << 31;
+
 /// What becomes of an ICMP error with its header at `l4`. In two functions one after the other, because their stacks
 /// would not fit into one.
 #[inline(always)]
-pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const DeviceEntry) -> (Verdict, u32) {
-    let comes = u32::from(matches!(hook, Hook::FromPod | Hook::FromNetdev));
+pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const DeviceEntry, slot: u16) -> (Verdict, u32) {
+    let comes = u32::from(matches!(hook, Hook::FromPod | Hook::FromNetdev)) | u32::from(slot) << 1;
     // What is quoted may lie behind what has been made readable.
     skb.pull(l4 + ICMP_LEN as u32 + 80);
     let v4 = F::HEADER_CHECKSUM.is_some();
     let about = if v4 { icmp_find_v4(skb.0, l4, comes) } else { icmp_find_v6(skb.0, l4, comes) };
     let about = forget(about);
+    if slot != 0
+        && let Some(work) = WORK.get_ptr_mut(0)
+    {
+        let asked = forget(service::reason(work));
+        if asked & ASK != 0 && about != Reason::OtherProtocol as u32 {
+            let why = policy::by_key(skb, work, asked & 0xff_0000 | u32::from(slot), Proto(asked as u8));
+            if why != 0 {
+                return (Verdict::Drop, why);
+            }
+        }
+    }
     if about < 256 {
-        return (Verdict::Pass, about);
+        let verdict = if about >= u32::from(Reason::FIRST_DROP) { Verdict::Drop } else { Verdict::Pass };
+        return (verdict, about);
     }
     // SAFETY: this CPU's entry of the map `work`; a pointer into a map that was found for this packet.
     let (Some(work), Some(device)) = (WORK.get_ptr_mut(0), unsafe { device.as_ref() }) else {
@@ -62,19 +78,19 @@ pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const Dev
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn icmp_find_v4(skb: *mut __sk_buff, l4: u32, comes: u32) -> u32 {
-    find::<V4>(Skb(skb), l4, comes != 0)
+    find::<V4>(Skb(skb), l4, comes & 1 != 0, (comes >> 1) as u16)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn icmp_find_v6(skb: *mut __sk_buff, l4: u32, comes: u32) -> u32 {
-    find::<V6>(Skb(skb), l4, comes != 0)
+    find::<V6>(Skb(skb), l4, comes & 1 != 0, (comes >> 1) as u16)
 }
 
-/// Finds the flow of the quoted packet and plans the way of the error, which is in `work` then. A reason to let it pass,
-/// below 256; or protocol and offset of the quoted transport header, times 256 and 65,536.
+/// Finds the flow of the quoted packet and plans the way of the error, which is in `work` then. A reason to let it pass
+/// or to drop it, below 256; or protocol and offset of the quoted transport header, times 256 and 65,536.
 #[inline(always)]
-fn find<F: Family>(skb: Skb, l4: u32, comes: bool) -> u32 {
+fn find<F: Family>(skb: Skb, l4: u32, comes: bool, slot: u16) -> u32 {
     let Some(work) = WORK.get_ptr_mut(0) else { return Reason::OtherProtocol as u32 };
     let Some(quoted) = packet::quoted::<F, Skb>(&skb, l4 as usize) else {
         return Reason::OtherProtocol as u32;
@@ -82,6 +98,7 @@ fn find<F: Family>(skb: Skb, l4: u32, comes: bool) -> u32 {
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     let plan = unsafe { &mut *work };
     copy(&mut plan.quoted, &quoted.tuple);
+    plan.reason = 0;
     let proto_family = u16::from(quoted.proto.0) | u16::from(F::FAMILY) << 8;
     write_key(&mut plan.key, &plan.quoted, proto_family, FlowKey::SIDE_COMMON);
     let Some(found) = flow::find(&plan.key) else {
@@ -89,7 +106,7 @@ fn find<F: Family>(skb: Skb, l4: u32, comes: bool) -> u32 {
     };
     // SAFETY: a pointer into a map that was just found.
     let entry = unsafe { &*found };
-    if !entry.is_translated() {
+    if slot == 0 && !entry.is_translated() {
         return Reason::OtherProtocol as u32;
     }
     let original = entry.flags & FlowEntry::KEY_ORIGINAL != 0;
@@ -97,6 +114,17 @@ fn find<F: Family>(skb: Skb, l4: u32, comes: bool) -> u32 {
     let (a, b) = (role.src.halves(), plan.quoted.src.halves());
     // The quoted packet came from the initiator: the error answers it.
     let answers = (a.0 ^ b.0) | (a.1 ^ b.1) | u64::from(role.src_port.0 ^ plan.quoted.src_port.0) == 0;
+    if slot != 0 {
+        // It is this pod's flow only if the quoted packet came to it, or from it.
+        let (own, end) = if comes { (F::SRC, &plan.quoted.dst) } else { (F::DST, &plan.quoted.src) };
+        if address::<F>(skb, own).is_none_or(|own| own.halves() != end.halves()) {
+            return Reason::OtherProtocol as u32;
+        }
+        plan.reason = policy::side(!comes, u32::from(answers)) | u32::from(quoted.proto.0) | ASK;
+        if !entry.is_translated() {
+            return Reason::Direct as u32;
+        }
+    }
     let redirects = entry.flags & FlowEntry::REDIRECT != 0;
     if original && !answers && comes {
         tc::forward(entry, plan);

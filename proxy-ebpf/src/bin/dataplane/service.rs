@@ -38,6 +38,12 @@ impl Meta {
     pub(crate) const FROM_NETDEV: u32 = 1 << 26;
     /// Its source becomes an address of the node.
     pub(crate) const MASQUERADE: u32 = 1 << 27;
+    /// It comes from a socket of this node.
+    pub(crate) const FROM_NODE: u32 = 1 << 28;
+    /// Work out the flow, but leave it in `work` only: policy is asked next.
+    pub(crate) const PROPOSE: u32 = 1 << 29;
+    /// The flow is in `work`, and policy allows it.
+    pub(crate) const SETTLE: u32 = 1 << 30;
 
     #[inline(always)]
     pub(crate) fn new(parsed: &Parsed, flags: u32) -> Self {
@@ -74,6 +80,8 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
     copy(&mut entry.initiator_stamp, &NONE);
     copy(&mut entry.responder_stamp, &NONE);
     copy(&mut entry.last_sent, &timewait::NONE);
+    entry.initiator_slot = 0;
+    entry.responder_slot = 0;
     entry.last_seen = flow::now();
     entry.service = 0;
     entry.backend = 0;
@@ -85,8 +93,6 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
         entry.responder_ifindex = 0;
         copy_mac(&mut entry.initiator_mac, &device.pod_mac);
         copy_mac(&mut entry.responder_mac, &NOBODY);
-        entry.initiator_slot = device.slot;
-        entry.responder_slot = 0;
         entry.provenance = provenance::POD;
     } else if meta.is(Meta::FROM_NETDEV) {
         entry.flags |= FlowEntry::OUTSIDE;
@@ -94,17 +100,13 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
         entry.responder_ifindex = 0;
         copy_mac(&mut entry.initiator_mac, &NOBODY);
         copy_mac(&mut entry.responder_mac, &NOBODY);
-        entry.initiator_slot = 0;
-        entry.responder_slot = 0;
         entry.provenance = provenance::OUTSIDE;
     } else {
         entry.initiator_ifindex = 0;
         entry.responder_ifindex = ifindex;
         copy_mac(&mut entry.initiator_mac, &NOBODY);
         copy_mac(&mut entry.responder_mac, &device.pod_mac);
-        entry.initiator_slot = 0;
-        entry.responder_slot = device.slot;
-        entry.provenance = provenance::OUTSIDE;
+        entry.provenance = if meta.is(Meta::FROM_NODE) { provenance::NODE } else { provenance::OUTSIDE };
     }
 }
 
@@ -170,21 +172,12 @@ pub(crate) fn reason(work: *const Work) -> u32 {
     unsafe { core::ptr::read_volatile(&raw const (*work).reason) }
 }
 
-/// Chooses a backend for the flow in `work`, and with it the path. 0: none, with the reason in `work`.
+/// Chooses a backend for the flow in `work`. 0: none, with the reason in `work`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn service_backend(
-    skb: *mut __sk_buff,
-    work: *mut Work,
-    frontend: *const FrontendEntry,
-    device: *const DeviceEntry,
-    meta: u32,
-) -> u32 {
-    // SAFETY: this CPU's entry of the map `work`, and pointers into maps that were just found.
-    let (Some(work), Some(frontend), Some(device)) = (unsafe { (work.as_mut(), frontend.as_ref(), device.as_ref()) })
-    else {
-        return 0;
-    };
+extern "C" fn service_backend(work: *mut Work, frontend: *const FrontendEntry) -> u32 {
+    // SAFETY: this CPU's entry of the map `work`, and a pointer into a map that was just found.
+    let (Some(work), Some(frontend)) = (unsafe { (work.as_mut(), frontend.as_ref()) }) else { return 0 };
     match choose(frontend, &work.entry.original.src) {
         Ok((id, backend)) => {
             let entry = &mut work.entry;
@@ -194,7 +187,7 @@ extern "C" fn service_backend(
             entry.translated.dst_port = backend.port;
             copy(&mut entry.translated.src, &entry.original.src);
             entry.translated.src_port = entry.original.src_port;
-            service_path(skb, work, device, meta)
+            1
         }
         Err(why) => {
             work.reason = why as u32;
@@ -215,19 +208,30 @@ pub(crate) extern "C" fn service_open(
     device: *const DeviceEntry,
     meta: u32,
 ) -> u32 {
-    // SAFETY: as in `service_backend`.
+    // SAFETY: this CPU's entry of the map `work`, and pointers into maps that were just found.
     let (Some(work), Some(frontend), Some(device)) = (unsafe { (work.as_mut(), frontend.as_ref(), device.as_ref()) })
     else {
         return 0;
     };
     let meta = Meta(meta);
-    begin(&mut work.entry, meta, device, Skb(skb).ifindex());
-    work.entry.service = frontend.service;
-    let mut found = 0;
+    if !meta.is(Meta::SETTLE) {
+        begin(&mut work.entry, meta, device, Skb(skb).ifindex());
+        work.entry.service = frontend.service;
+    }
+    let mut found = forget(u32::from(meta.is(Meta::SETTLE)));
     for attempt in 0..balance::BACKEND_TRIES + balance::PORT_TRIES {
         if attempt < balance::BACKEND_TRIES {
-            if service_backend(skb, work, frontend, device, meta.0) == 0 {
+            if meta.is(Meta::SETTLE) {
+                // Policy was asked about this backend: on a clash another source port is taken at once.
+                if attempt > 0 {
+                    continue;
+                }
+            } else if service_backend(work, frontend) == 0 || service_path(skb, work, device, meta.0) == 0 {
                 continue;
+            }
+            if meta.is(Meta::PROPOSE) {
+                work.reason = 0;
+                return 0;
             }
             found = forget(1);
         } else {
@@ -295,18 +299,16 @@ extern "C" fn service_finish(work: *mut Work, proto_family: u32, side: u32, mode
 extern "C" fn service_path(skb: *mut __sk_buff, work: *mut Work, device: *const DeviceEntry, meta: u32) -> u32 {
     const PATH: u16 =
         FlowEntry::REDIRECT | FlowEntry::SWITCH | FlowEntry::HAIRPIN | FlowEntry::ROUTED | FlowEntry::MASQUERADED;
-    // SAFETY: as in `service_backend`.
+    // SAFETY: as in `service_open`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
     work.entry.flags &= !PATH;
     work.entry.responder_ifindex = 0;
-    work.entry.responder_slot = 0;
     let v4 = work.entry.original.src.is_v4();
     if let Some(pod) = LOCAL_POD.get_ptr(&work.entry.translated.dst) {
         // SAFETY: a pointer into a map that was just found.
         let pod = unsafe { &*pod };
         copy_mac(&mut work.entry.responder_mac, &pod.mac);
-        work.entry.responder_slot = pod.slot;
         // A pod that reaches itself must see another address than its own, or its stack would take the answer for its
         // own packet. kube-proxy's masquerade shows it the bridge's address, so do we.
         let itself = pod.ifindex == work.entry.initiator_ifindex;
@@ -386,15 +388,21 @@ pub(crate) fn incoming(skb: *mut __sk_buff, device: &DeviceEntry) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn service_open_direct(
+    skb: *mut __sk_buff,
     work: *mut Work,
     device: *const DeviceEntry,
-    ifindex: u32,
     meta: u32,
 ) -> u32 {
-    // SAFETY: as in `service_backend`.
+    // SAFETY: as in `service_open`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
-    begin(&mut work.entry, meta, device, ifindex);
+    if !meta.is(Meta::SETTLE) {
+        begin(&mut work.entry, meta, device, Skb(skb).ifindex());
+        work.reason = 0;
+    }
+    if meta.is(Meta::PROPOSE) {
+        return 0;
+    }
     write_key(&mut work.key, &work.entry.original, meta.proto_family(), FlowKey::SIDE_COMMON);
     let mode = if meta.is(Meta::REPLACE) { BPF_ANY } else { BPF_NOEXIST };
     let reason = match FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode)) {
@@ -412,15 +420,21 @@ pub(crate) extern "C" fn service_open_direct(
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn service_open_beside(
+    skb: *mut __sk_buff,
     work: *mut Work,
     device: *const DeviceEntry,
-    ifindex: u32,
     meta: u32,
 ) -> u32 {
-    // SAFETY: as in `service_backend`.
+    // SAFETY: as in `service_open`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
-    begin(&mut work.entry, meta, device, ifindex);
+    if !meta.is(Meta::SETTLE) {
+        begin(&mut work.entry, meta, device, Skb(skb).ifindex());
+        work.reason = 0;
+    }
+    if meta.is(Meta::PROPOSE) {
+        return 0;
+    }
     for _ in 0..balance::PORT_TRIES {
         work.entry.translated.src_port = balance::source_port(random());
         work.entry.flags = FlowEntry::KEY_TRANSLATED | FlowEntry::INITIATOR_SIDE;

@@ -78,9 +78,19 @@ impl Blocks {
         }
     }
 
-    /// Gives a swept number back.
-    pub(super) fn free(&mut self, id: u32) {
-        self.pool.give_back(id);
+    /// Gives a swept number back: it rests from now on.
+    pub(super) fn free(&mut self, id: u32, now: u64) {
+        self.pool.quarantine(id, now);
+    }
+
+    /// Frees the numbers that have rested for the grace. True when there was one.
+    pub(super) fn release_numbers(&mut self, now: u64, grace: u64) -> bool {
+        self.pool.release(now, grace)
+    }
+
+    /// When that will next find something.
+    pub(super) fn next_release(&self, grace: u64) -> Option<u64> {
+        self.pool.next_release(grace)
     }
 
     /// Forgets what was found in the maps and not used since.

@@ -294,8 +294,8 @@ impl Engine {
         out.settle.extend(settle);
     }
 
-    /// Takes a transition as done.
-    pub(super) fn install(&mut self, transition: &Transition) {
+    /// Takes a transition as done. The numbers that it removes from the maps rest from now on.
+    pub(super) fn install(&mut self, transition: &Transition, now: u64) {
         for op in transition.ops() {
             match op {
                 Op::Bits(key, Some(_)) => drop(self.bits_of.entry(key.cell).or_default().insert(key.set)),
@@ -307,10 +307,10 @@ impl Engine {
                         }
                     }
                 }
-                Op::Set(id, None) => self.sets.free(*id),
-                Op::Block(id, None) => self.blocks.free(*id),
-                Op::Cell(number, None) => self.partition.free(*number),
-                Op::Pod(slot, None) => self.slots.give_back(*slot),
+                Op::Set(id, None) => self.sets.free(*id, now),
+                Op::Block(id, None) => self.blocks.free(*id, now),
+                Op::Cell(number, None) => self.partition.rest(*number, now),
+                Op::Pod(slot, None) => self.slots.quarantine(*slot, now),
                 _ => {}
             }
             self.tables.apply(op);
