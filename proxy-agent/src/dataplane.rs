@@ -527,6 +527,13 @@ pub fn retire(pin_root: &Path) -> Result<(Vec<String>, usize), Error> {
         maps.prefix.delete(&key)?;
     }
     removed.push(format!("{} frontends", frontends.len()));
+    // Only connections go on; what comes from a port whose connection has ended is the other proxy's.
+    for (key, entry) in maps.flow_brief.read()? {
+        let goes_on = (state::SYN_SENT..=state::FIN_RESPONDER).contains(&entry.state);
+        if key.proto != Proto::TCP || !goes_on {
+            maps.flow_brief.delete(&key)?;
+        }
+    }
     let flows = maps.flow_live.read()?;
     let left = flows.iter().filter(|(_, entry)| entry.flags & FlowEntry::KEY_ORIGINAL != 0 && entry.is_translated());
     Ok((removed, left.count()))

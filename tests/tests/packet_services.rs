@@ -173,6 +173,26 @@ fn ports_of_another_proxy_are_not_taken() -> Result<()> {
     })?
 }
 
+/// From a port whose connection has ended, to a Service that another proxy has taken over: not refused.
+#[test]
+fn a_new_connection_to_a_service_that_has_gone_is_left_alone() -> Result<()> {
+    Bench::run(ROOMY, |bench| {
+        for talk in TALKS.into_iter().filter(|talk| talk.is_tcp()) {
+            let key = node_port(talk, FrontendKey::SCOPE_CLUSTER);
+            bench.set_frontend(key, &[(POD_TWO.ip(talk.family), TARGET)], FrontendEntry::MASQUERADE, 0)?;
+            let there = |flags| talk.frame((&OUTSIDE, CLIENT), (&NODE_ONE, NODE_PORT), flags);
+            begin(bench, Hook::FromNetdev, &NODE_ONE, &there(SYN))?;
+            let reset = bench.feed(Hook::FromNetdev, &NODE_ONE, &there(tcp_flag::RST).build())?;
+            assert_eq!(reset.verdict, verdict::REDIRECT);
+            bench.maps().frontend.delete(&key)?;
+            let step = passes(Hook::FromNetdev, NODE_ONE, there(SYN), Reason::NotService);
+            converse(bench, &format!("{talk:?}"), &[step])?;
+            bench.forget_flows()?;
+        }
+        Ok(())
+    })?
+}
+
 #[test]
 fn masqueraded_to_another_node_from_outside_and_from_a_pod() -> Result<()> {
     Bench::run(ROOMY, |bench| {

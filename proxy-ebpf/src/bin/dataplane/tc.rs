@@ -336,6 +336,10 @@ fn known<F: Family>(
         if entry.flags & FlowEntry::INITIATOR_SIDE != 0 {
             return (step::OPEN_BESIDE, Reason::DirectNew as u32);
         }
+        if parsed.proto == Proto::TCP && forget(u32::from(conntrack::is_over(entry.state))) != 0 {
+            // Another connection. Where its Service has gone meanwhile, it may be another proxy's.
+            return (step::OPEN_SERVICE, Reason::DirectNew as u32);
+        }
         plan.service = entry.service;
         plan.backend = entry.backend;
         return (step::OPEN_SERVICE, Reason::NoBackend as u32);
