@@ -7,6 +7,7 @@ mod conflict;
 mod facts;
 mod netpol_maps;
 mod netpol_random;
+mod netpol_reconcile;
 mod netpol_rows;
 mod node;
 mod properties;
