@@ -17,6 +17,7 @@ use crate::kubeproxy::reload::Reload;
 use crate::kubeproxy::value::{ExternalIps, LogFormat};
 use crate::kubeproxy::{Flags, Settings};
 use crate::node::classify::NamePattern;
+use crate::node::cni;
 use crate::view::flow::{self, FlowFilter};
 use crate::view::{self, Format};
 use crate::{app, check};
@@ -204,6 +205,10 @@ struct RunArgs {
     /// Only bridges of these names (`*` and `?` allowed) carry pods; by default every bridge with an address does.
     #[arg(long)]
     pod_bridge: Vec<NamePattern>,
+    /// Where libcni keeps its records of which interface is which pod's. Where there are NetworkPolicies, nothing reaches a
+    /// pod without one.
+    #[arg(long, env = "PROXY_AGENT_CNI_RESULTS", default_value = cni::RESULTS)]
+    cni_results: PathBuf,
     /// What becomes of externalIPs of Services: all, none, or only those in these ranges.
     #[arg(long, value_name = "all|none|CIDR[,CIDR]")]
     external_ips: Option<ExternalIps>,
@@ -292,6 +297,7 @@ fn run(args: RunArgs) -> Result<()> {
         conntrack_settings,
         cgroup,
         pod_bridge,
+        cni_results,
         external_ips,
         flow_live_entries,
         flow_brief_entries,
@@ -331,6 +337,7 @@ fn run(args: RunArgs) -> Result<()> {
             pod_quota: pod_flow_quota.unwrap_or(flow_live / 4),
         },
         pod_bridges: pod_bridge,
+        cni_results,
         conntrack_settings,
         reload: file.map(|file| Reload::new(file, flags, external_ips, settings.clone())),
         settings,

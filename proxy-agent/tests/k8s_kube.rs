@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use proxy_agent::k8s::{self, KubeConfig, SourceConfig, SourceError, SourceHandle, Timing, Trouble};
 use proxy_core::event::{Event, Listing, Source};
+use proxy_core::netpol::reconcile::PolicyListing;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -256,6 +257,7 @@ impl Agent {
                 Event::Node(node) => assert_eq!(&*node.name, "n1"),
                 Event::Listed(Source::Node, Listing::Node) => {}
                 Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(names)) => assert!(names.is_empty()),
+                Event::NetworkPolicyListed(PolicyListing::Policies(names)) => assert!(names.is_empty()),
                 other => panic!("unexpected {other:?}"),
             }
         }
