@@ -71,6 +71,7 @@ pub fn report(pin_root: &Path, cgroup: Option<&Path>) -> Vec<Finding> {
         flow_live: 1024,
         flow_brief: 1024,
         pod_quota: 0,
+        node_open: false,
     };
     match Bpf::open(&config) {
         Ok(bpf) => {

@@ -335,6 +335,7 @@ fn run(args: RunArgs) -> Result<()> {
             flow_brief: flow_brief_entries.unwrap_or(sized.brief),
             // A flow through a Service has two entries.
             pod_quota: pod_flow_quota.unwrap_or(flow_live / 4),
+            node_open: false,
         },
         pod_bridges: pod_bridge,
         cni_results,

@@ -18,6 +18,7 @@ pub mod attach;
 pub mod describe;
 pub mod map;
 pub mod pins;
+pub mod policy;
 pub mod sizing;
 pub mod sweep;
 pub mod sysbpf;
@@ -175,6 +176,8 @@ pub struct Config {
     pub flow_brief: u32,
     /// Established flows through Services that one pod may have begun; 0 = any number.
     pub pod_quota: u32,
+    /// A pod reaches its own node whatever its policies say.
+    pub node_open: bool,
 }
 
 /// The loaded object with its maps, pinned and open.
@@ -210,7 +213,8 @@ impl Bpf {
             }
             loaded => loaded?,
         };
-        Description::own(&[(describe::POD_QUOTA, config.pod_quota)]).write(&pins.maps())?;
+        let settings = [(describe::POD_QUOTA, config.pod_quota), (describe::NODE_OPEN, u32::from(config.node_open))];
+        Description::own(&settings).write(&pins.maps())?;
         for upgrade in &mut upgrades {
             upgrade.carry(&ebpf, &pins)?;
         }
@@ -341,6 +345,8 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
     loader.override_global("NETNS_COOKIE", &cookie, true);
     loader.override_global("SET_RETVAL", &set_retval, true);
     loader.override_global("POD_QUOTA", &config.pod_quota, true);
+    let node_open = u32::from(config.node_open);
+    loader.override_global("NODE_OPEN", &node_open, true);
     for layout in pins::LAYOUTS {
         loader.map_pin_path(layout.name, directory.join(layout.name));
     }

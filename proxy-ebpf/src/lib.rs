@@ -19,6 +19,7 @@
 
 pub mod balance;
 pub mod conntrack;
+pub mod frame;
 pub mod packet;
 pub mod policy;
 pub mod rewrite;

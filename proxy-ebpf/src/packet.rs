@@ -99,12 +99,18 @@ pub struct Parsed {
 /// What the network header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    src: IpBytes,
-    dst: IpBytes,
-    proto: u8,
-    l4: usize,
-    fragment: Fragment,
-    fragment_id: u32,
+    /// Source.
+    pub src: IpBytes,
+    /// Destination.
+    pub dst: IpBytes,
+    /// Protocol of what follows.
+    pub proto: u8,
+    /// Offset of what follows.
+    pub l4: usize,
+    /// Fragmentation.
+    pub fragment: Fragment,
+    /// Identification of a fragmented packet, in memory order.
+    pub fragment_id: u32,
 }
 
 mod sealed {
@@ -126,6 +132,11 @@ pub trait Family: sealed::Sealed {
     const HEADER_CHECKSUM: Option<usize>;
     /// ICMP of this family.
     const ICMP: Proto;
+
+    /// Type of an echo request; that of its answer is [`Family::ECHO_REPLY`].
+    const ECHO: u8;
+    /// Type of an echo reply.
+    const ECHO_REPLY: u8;
 
     /// Does an ICMP message of this type quote the packet that it is about?
     fn quotes(icmp_type: u8) -> bool;
@@ -154,6 +165,8 @@ impl Family for V4 {
     const DST: usize = ETH_LEN + 16;
     const HEADER_CHECKSUM: Option<usize> = Some(ETH_LEN + 10);
     const ICMP: Proto = Proto::ICMP;
+    const ECHO: u8 = 8;
+    const ECHO_REPLY: u8 = 0;
 
     /// Unreachable, source quench, redirect, time exceeded, parameter problem (RFC 792; as the kernel's conntrack does).
     #[inline(always)]
@@ -214,6 +227,14 @@ mod next_header {
     }
 }
 
+/// Does the network header lead to another header that is not followed, so that nobody knows what is behind it? Of IPv6:
+/// extension headers beyond [`EXTENSION_HEADERS`], behind a fragment header, and those that are not walked (RFC 7045
+/// §4: routing, mobility, HIP, shim6, experiments).
+#[inline(always)]
+pub const fn is_cut_short(family: u8, proto: u8) -> bool {
+    family == FAMILY_IPV6 && (next_header::is_extension(proto) || matches!(proto, 43 | 135 | 139 | 140 | 253 | 254))
+}
+
 /// Offsets above this do not occur in a packet of at most 9,216 bytes of headers; the mask lets the verifier see it.
 pub const OFFSET_MASK: usize = 0x3fff;
 
@@ -227,6 +248,8 @@ impl Family for V6 {
     const DST: usize = ETH_LEN + 24;
     const HEADER_CHECKSUM: Option<usize> = None;
     const ICMP: Proto = Proto::ICMPV6;
+    const ECHO: u8 = 128;
+    const ECHO_REPLY: u8 = 129;
 
     /// Error messages have the upper bit clear (RFC 4443 §2.1): unreachable, too big, time exceeded, parameter problem.
     #[inline(always)]

@@ -70,7 +70,7 @@ pub enum Cause {
     Isolated,
     /// The pod's policy does not fit into the maps.
     Locked,
-    /// The pod's policy is not there yet.
+    /// The pod's policy is not there yet: nothing passes but what its node begins.
     Unready,
     /// A map names what is not there.
     Broken,
@@ -130,16 +130,14 @@ pub fn revision<L: Lookup + ?Sized>(maps: &L, slot: u16) -> u32 {
 
 #[inline(always)]
 fn judge_on<L: Lookup + ?Sized>(maps: &L, question: &Question, side: u32) -> Judgement {
-    let Some(word) = maps.slot(SlotWord::index(question.slot, side)) else {
-        return Judgement::of(false, Cause::Unready, 0);
-    };
-    if word.block == 0 {
-        return Judgement::of(false, Cause::Unready, word.revision);
-    }
+    let word = maps.slot(SlotWord::index(question.slot, side)).unwrap_or(SlotWord { block: 0, revision: 0 });
     let mut judgement = Judgement::of(true, Cause::Open, word.revision);
     if question.flags & Question::FROM_NODE != 0 && matches!(question.direction, Direction::Ingress) {
         judgement.cause = Cause::LocalNode;
         return judgement;
+    }
+    if word.block == 0 {
+        return Judgement::of(false, Cause::Unready, word.revision);
     }
     let Some(block) = maps.block(word.block) else {
         return Judgement::of(false, Cause::Broken, word.revision);

@@ -137,7 +137,10 @@ fn sets_hang_together_and_end() {
 #[test]
 fn what_is_not_known_does_not_pass() {
     let mut maps = Maps { epochs: std::vec![4], asked: Cell::new(0), block: BlockEntry::OPEN, sets: std::vec![] };
-    assert_eq!(judge(&maps, &Question { slot: 2, ..question(Question::FROM_NODE) }).cause, Cause::Unready);
+    assert_eq!(judge(&maps, &Question { slot: 2, ..question(0) }).cause, Cause::Unready);
+    assert_eq!(judge(&maps, &Question { slot: 2, ..question(Question::FROM_NODE) }).cause, Cause::LocalNode);
+    let away = Question { direction: Direction::Egress, slot: 2, ..question(Question::FROM_NODE) };
+    assert_eq!(judge(&maps, &away).cause, Cause::Unready, "what a pod sends is not the node's");
     assert_eq!((revision(&maps, 1), revision(&maps, 2)), (7, 0));
     maps.block.flags = BlockEntry::LOCKED;
     assert!(judge(&maps, &question(Question::FROM_NODE)).allowed);

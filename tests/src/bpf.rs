@@ -33,7 +33,7 @@ use crate::packet::named::{GATEWAY, Host, NODE_ONE, OUTSIDE, POD_ONE, POD_THREE,
 pub const PODS: [Host; 3] = [POD_ONE, POD_TWO, POD_THREE];
 
 /// Sizes of the flow tables that are large enough never to matter.
-pub const ROOMY: Tables = Tables { live: 65_536, brief: 65_536, quota: 0 };
+pub const ROOMY: Tables = Tables { live: 65_536, brief: 65_536, quota: 0, node_open: false };
 
 /// Entries of the flow tables.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +44,8 @@ pub struct Tables {
     pub brief: u32,
     /// Flows that one pod may have begun; 0 = any number.
     pub quota: u32,
+    /// A pod reaches its own node whatever its policies say.
+    pub node_open: bool,
 }
 
 /// Packets by hook and reason.
@@ -165,6 +167,7 @@ impl Bench {
             flow_live: tables.live,
             flow_brief: tables.brief,
             pod_quota: tables.quota,
+            node_open: tables.node_open,
         };
         // Also when opening fails half way, nothing stays.
         let bpf = Bpf::open(&config).inspect_err(|_| drop(cleanup(&root))).context("load the programs")?;
@@ -316,8 +319,13 @@ impl Bench {
 
     /// Runs the program of a hook at a pod's interface on a frame.
     pub fn feed(&self, hook: Hook, pod: &Host, packet: &[u8]) -> Result<Outcome> {
+        self.feed_from(hook, pod, 0, packet)
+    }
+
+    /// The same for a packet that came into the node by an interface; 0 = a socket of the node sent it.
+    pub fn feed_from(&self, hook: Hook, pod: &Host, ingress: u32, packet: &[u8]) -> Result<Outcome> {
         let before = self.counts()?;
-        let TestRun { verdict, packet, .. } = self.run_once(hook, pod, packet)?;
+        let TestRun { verdict, packet, .. } = self.run_from(hook, pod, ingress, packet)?;
         let mut counts = self.counts()?;
         counts.retain(|key, now| {
             *now -= before.get(key).copied().unwrap_or_default();
@@ -328,6 +336,11 @@ impl Bench {
 
     /// The same without looking at the counters, which takes longer than the run.
     pub fn run_once(&self, hook: Hook, pod: &Host, packet: &[u8]) -> Result<TestRun> {
+        self.run_from(hook, pod, 0, packet)
+    }
+
+    /// The same for a packet that came into the node by an interface; 0 = a socket of the node sent it.
+    pub fn run_from(&self, hook: Hook, pod: &Host, ingress: u32, packet: &[u8]) -> Result<TestRun> {
         let program = match hook {
             Hook::FromPod => "from_pod",
             Hook::FromNetdev => "from_netdev",
@@ -335,7 +348,8 @@ impl Bench {
             _ => "to_pod",
         };
         let program = self.bpf.program_fd(program)?;
-        sysbpf::test_run(program, packet, self.ifindex(pod), 1).with_context(|| format!("{hook} with {packet:02x?}"))
+        sysbpf::test_run_from(program, packet, self.ifindex(pod), ingress, 1)
+            .with_context(|| format!("{hook} with {packet:02x?}"))
     }
 
     fn counts(&self) -> Result<Counts> {

@@ -351,7 +351,7 @@ fn a_service_at_the_address_of_its_backend() -> Result<()> {
 
 #[test]
 fn a_flood_evicts_nothing_that_is_established() -> Result<()> {
-    let small = Tables { live: 4096, brief: 4096, quota: 0 };
+    let small = Tables { live: 4096, brief: 4096, ..ROOMY };
     Bench::run(small, |bench| {
         for talk in TALKS {
             bench.set_service(&VIP_ONE, PORT, talk.proto, &[(POD_TWO, TARGET), (POD_REMOTE, TARGET)])?;
@@ -391,7 +391,7 @@ fn a_flood_evicts_nothing_that_is_established() -> Result<()> {
 
 #[test]
 fn one_pod_takes_no_more_than_its_share() -> Result<()> {
-    Bench::run(Tables { live: 64, brief: 4096, quota: 10 }, |bench| {
+    Bench::run(Tables { live: 64, brief: 4096, quota: 10, ..ROOMY }, |bench| {
         let tcp = TALKS[0];
         bench.set_service(&VIP_ONE, PORT, tcp.proto, &[(POD_TWO, TARGET)])?;
         for client in 1000..1010 {
@@ -418,7 +418,7 @@ fn one_pod_takes_no_more_than_its_share() -> Result<()> {
 
 #[test]
 fn established_flows_beyond_the_table_go_on_and_are_counted() -> Result<()> {
-    Bench::run(Tables { live: 8, brief: 4096, quota: 0 }, |bench| {
+    Bench::run(Tables { live: 8, brief: 4096, ..ROOMY }, |bench| {
         let tcp = TALKS[0];
         bench.set_service(&VIP_ONE, PORT, tcp.proto, &[(POD_TWO, TARGET)])?;
         for client in 1000..1016 {

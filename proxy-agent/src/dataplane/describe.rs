@@ -8,6 +8,9 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use aya::maps::MapType;
+use proxy_abi::policy::{
+    Bits, BitsKey, BlockEntry, CellEntry, CellWord, PodDigest, PortPage, SetEntry, SlotWord, map as policy_map,
+};
 use proxy_abi::{
     AffinityEntry, AffinityKey, BackendEntry, CounterEntry, DeviceEntry, Field, Fields, FlowEntry, FlowKey,
     FragmentEntry, FragmentKey, FrontendEntry, FrontendKey, IpBytes, LayoutRow, LocalPodEntry, PrefixKey, ServiceEntry,
@@ -50,6 +53,8 @@ pub struct Description {
 
 /// Setting: established flows through Services that one pod may have begun; 0 = any number.
 pub const POD_QUOTA: &str = "pod_quota";
+/// Setting: a pod reaches its own node whatever its policies say; 0 or 1.
+pub const NODE_OPEN: &str = "node_open";
 
 const LAYOUT: Layout =
     Layout { name: map::LAYOUT, kind: MapType::Array, key: size_u32::<u32>(), value: size_u32::<LayoutRow>() };
@@ -102,6 +107,16 @@ impl Description {
                 entry::<PrefixKey, u32>(map::PREFIX),
                 entry::<AffinityKey, AffinityEntry>(map::AFFINITY),
                 entry::<u32, u64>(map::POD_FLOWS),
+                entry::<u32, u32>(policy_map::EPOCH),
+                entry::<u32, SlotWord>(policy_map::SLOT),
+                entry::<u32, PodDigest>(policy_map::POD),
+                entry::<u32, BlockEntry>(policy_map::BLOCK),
+                entry::<u32, SetEntry>(policy_map::SET),
+                entry::<IpBytes, CellWord>(policy_map::IP),
+                entry::<PrefixKey, CellWord>(policy_map::PREFIX),
+                entry::<u32, PortPage>(policy_map::PAGE),
+                entry::<u32, CellEntry>(policy_map::CELL),
+                entry::<BitsKey, Bits>(policy_map::BITS),
             ]),
             settings: settings.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
         }

@@ -24,6 +24,9 @@ use std::{fs, io};
 use aya::maps::MapType;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use proxy_abi::policy::{
+    Bits, BitsKey, BlockEntry, CellEntry, CellWord, PodDigest, PortPage, SetEntry, SlotWord, map as policy_map,
+};
 use proxy_abi::{
     ABI_VERSION, AffinityEntry, AffinityKey, BackendEntry, CounterEntry, DeviceEntry, FlowEntry, FlowKey,
     FragmentEntry, FragmentKey, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PrefixKey, ServiceEntry,
@@ -31,6 +34,7 @@ use proxy_abi::{
 };
 
 use super::map::{Layout, Map, size_u32};
+use super::policy::PolicyMaps;
 use super::{Error, NO_BACKEND, sizing};
 
 const fn layout<K, V>(name: &'static str, kind: MapType) -> Layout {
@@ -38,7 +42,7 @@ const fn layout<K, V>(name: &'static str, kind: MapType) -> Layout {
 }
 
 /// Every pinned map.
-pub const LAYOUTS: [Layout; 14] = [
+pub const LAYOUTS: [Layout; 24] = [
     layout::<u32, ServiceEntry>(map::SERVICE, MapType::Hash),
     layout::<u32, BackendEntry>(map::BACKEND, MapType::Array),
     layout::<u32, u32>(map::BACKEND_SLOT, MapType::Array),
@@ -53,6 +57,16 @@ pub const LAYOUTS: [Layout; 14] = [
     layout::<PrefixKey, u32>(map::PREFIX, MapType::LpmTrie),
     layout::<AffinityKey, AffinityEntry>(map::AFFINITY, MapType::LruHash),
     layout::<u32, u64>(map::POD_FLOWS, MapType::Hash),
+    layout::<u32, u32>(policy_map::EPOCH, MapType::Array),
+    layout::<u32, SlotWord>(policy_map::SLOT, MapType::Array),
+    layout::<u32, PodDigest>(policy_map::POD, MapType::Hash),
+    layout::<u32, BlockEntry>(policy_map::BLOCK, MapType::Array),
+    layout::<u32, SetEntry>(policy_map::SET, MapType::Array),
+    layout::<IpBytes, CellWord>(policy_map::IP, MapType::Hash),
+    layout::<PrefixKey, CellWord>(policy_map::PREFIX, MapType::LpmTrie),
+    layout::<u32, PortPage>(policy_map::PAGE, MapType::Array),
+    layout::<u32, CellEntry>(policy_map::CELL, MapType::Hash),
+    layout::<BitsKey, Bits>(policy_map::BITS, MapType::Hash),
 ];
 
 /// The pin directory of this version.
@@ -82,6 +96,7 @@ pub struct Maps {
     pub flow_brief: Map<FlowKey, FlowEntry>,
     pub socket: Map<SocketKey, SocketEntry>,
     pub counter: Map<u32, CounterEntry>,
+    pub policy: PolicyMaps,
 }
 
 /// How full a map is.
@@ -114,9 +129,10 @@ impl Maps {
         };
         let mut all = Vec::new();
         macro_rules! count {
-            ($($field:ident $used:expr;)+) => { $(
-                all.push(any(self.$field.layout(), self.$field.count($used)?, self.$field.capacity(), self.$field.memory()));
-            )+ };
+            ($($($field:ident).+ $used:expr;)+) => { $({
+                let map = &self.$($field).+;
+                all.push(any(map.layout(), map.count($used)?, map.capacity(), map.memory()));
+            })+ };
         }
         count! {
             service |_, _| true;
@@ -130,6 +146,15 @@ impl Maps {
             affinity |_, _| true;
             socket |_, _| true;
             pod_flows |_, _| true;
+            policy.slot |_, word| word.block != 0;
+            policy.pod |_, _| true;
+            policy.block |id, block| *id == BlockEntry::OPEN_ID || *block != BlockEntry::OPEN;
+            policy.set |_, set| set.digest != [0; 2];
+            policy.ip |_, _| true;
+            policy.prefix |_, _| true;
+            policy.page |_, page| *page != PortPage::ZERO;
+            policy.cell |_, _| true;
+            policy.bits |_, _| true;
         }
         // By the ranges that frontends own: to look at every slot would take longer than all else.
         let mut ranges = BTreeMap::new();
@@ -272,6 +297,7 @@ impl Pins {
             prefix,
             affinity,
             pod_flows,
+            ..,
         ] = LAYOUTS;
         Ok(Maps {
             service: Map::open(&directory, service)?,
@@ -287,6 +313,7 @@ impl Pins {
             flow_brief: Map::open(&directory, brief)?,
             socket: Map::open(&directory, socket)?,
             counter: Map::open(&directory, counter)?,
+            policy: PolicyMaps::open(&directory)?,
         })
     }
 

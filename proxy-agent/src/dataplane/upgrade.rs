@@ -35,6 +35,7 @@ use std::time::{Duration, Instant};
 
 use aya::Ebpf;
 use aya::maps::MapType;
+use proxy_abi::policy::{self, capacity as policy_capacity, map as policy_map};
 use proxy_abi::{capacity, map};
 
 use super::Error;
@@ -137,6 +138,16 @@ fn fixed_capacity(name: &str) -> Option<u32> {
         map::PREFIX => capacity::PREFIX,
         map::AFFINITY => capacity::AFFINITY,
         map::COUNTER => proxy_abi::verdict::COUNTERS,
+        policy_map::EPOCH => 1,
+        policy_map::SLOT => 2 * policy_capacity::SLOT,
+        policy_map::POD => policy_capacity::SLOT,
+        policy_map::BLOCK => policy_capacity::BLOCK,
+        policy_map::SET => policy_capacity::SET,
+        policy_map::IP => policy_capacity::IP,
+        policy_map::PREFIX => policy_capacity::PREFIX,
+        policy_map::PAGE => 2 * policy::PAGES,
+        policy_map::CELL => policy_capacity::CELL,
+        policy_map::BITS => policy_capacity::BITS,
         _ => return None,
     })
 }

@@ -21,7 +21,8 @@ use crate::{FAMILY_IPV4, IpBytes, MacBytes, PortBe, Proto};
 const NEXT: usize = if cfg!(feature = "layout-next") { 8 } else { 0 };
 
 abi! {
-    /// Two ends in a fixed order, protocol and family. SCTP uses its ports; ICMP has its identifier as both ports.
+    /// Two ends in a fixed order, protocol and family. SCTP uses its ports. An echo request has
+    /// its identifier as source port and its type as destination port; what has no ports has 0.
     pub struct FlowKey [40] {
         /// The end that comes first in the order of [`Tuple::src_is_low`].
         pub low: IpBytes,
@@ -53,7 +54,7 @@ abi! {
         pub dst_port: PortBe,
     }
 
-    /// A policy decision on one side of a flow; it holds as long as the pod's revision is the same.
+    /// A policy decision on one side of a flow: it may pass, as long as slot and revision of the pod are the same.
     pub struct Stamp [8] {
         /// Revision of the pod's policy slot when it was judged; 0 = never.
         pub revision: u32,
@@ -90,9 +91,9 @@ abi! {
         pub initiator_mac: MacBytes,
         /// MAC of the responder's pod.
         pub responder_mac: MacBytes,
-        /// Policy slot of the initiator's pod.
+        /// Policy slot that `initiator_stamp` is of.
         pub initiator_slot: u16,
-        /// Policy slot of the responder's pod.
+        /// Policy slot that `responder_stamp` is of.
         pub responder_slot: u16,
         /// [`FlowEntry::REDIRECT`] and others.
         pub flags: u16,
@@ -105,7 +106,7 @@ abi! {
     /// Where a program makes a new flow: one for each CPU, in a map of its own that is not pinned. Programs at tc run
     /// with bottom halves off, so none of them interrupts another on its CPU. Being in a map, it costs no stack, and the
     /// verifier forgets what was written: paths that differ by nothing else are walked once.
-    pub struct Work [384 + NEXT] {
+    pub struct Work [408 + NEXT] {
         /// The tuple that a packet is to get.
         pub new: Tuple,
         /// Interface that it is redirected to; 0: on through the stack.
@@ -134,6 +135,12 @@ abi! {
         pub route: [u32; 16],
         /// MTU of the path that a packet is too big for.
         pub mtu: u32,
+        /// Question to the policy: the other end.
+        pub peer: IpBytes,
+        /// Its answer: the revision under which it holds.
+        pub revision: u32,
+        /// Its answer: the rule that decided, [`crate::policy::RuleRef`]; of the packet at hand, 0 = none.
+        pub rule: u32,
     }
 
     /// A fragmented packet: RFC 791 §3.2, RFC 8200 §4.5.
@@ -341,4 +348,6 @@ pub mod provenance {
     pub const POD: u8 = 1;
     /// Somebody else: the first packet was seen on its way to a pod of this node.
     pub const OUTSIDE: u8 = 2;
+    /// A process of this node: the first packet came to a pod of this node from a socket of the node's.
+    pub const NODE: u8 = 3;
 }

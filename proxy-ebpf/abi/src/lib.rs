@@ -16,7 +16,8 @@
 //!   prefix          LPM_TRIE   PrefixKey   24   u32               4  agent: service ranges, sources; the value is 1
 //!   pod_flows       HASH       ifindex      4   u64               8  programs: flows in flow_live; agent: recounted
 //!   affinity        LRU_HASH   AffinityKey 24   AffinityEntry    16  programs
-//!   work            PERCPU_ARRAY 0          4   Work            384  programs: scratch, not pinned
+//!   work            PERCPU_ARRAY 0          4   Work            408  programs: scratch, not pinned
+//!   policy_...      ten maps, drawn in [`policy`]                        agent
 //!   layout          ARRAY      row          4   LayoutRow        64  agent: these layouts, for another version's agent
 //! ```
 //!
@@ -182,7 +183,7 @@ pub mod map {
     /// The layouts of all others.
     pub const LAYOUT: &str = "layout";
     /// All that the programs have.
-    pub const ALL: [&str; 14] = [
+    pub const ALL: [&str; 24] = [
         SERVICE,
         BACKEND,
         BACKEND_SLOT,
@@ -197,6 +198,16 @@ pub mod map {
         PREFIX,
         AFFINITY,
         POD_FLOWS,
+        crate::policy::map::EPOCH,
+        crate::policy::map::SLOT,
+        crate::policy::map::POD,
+        crate::policy::map::BLOCK,
+        crate::policy::map::SET,
+        crate::policy::map::IP,
+        crate::policy::map::PREFIX,
+        crate::policy::map::PAGE,
+        crate::policy::map::CELL,
+        crate::policy::map::BITS,
     ];
 }
 

@@ -305,11 +305,11 @@ pub mod capacity {
     /// Sets.
     pub const SET: u32 = 8_192;
     /// Addresses of pods of the cluster.
-    pub const IP: u32 = 262_144;
+    pub const IP: u32 = 131_072;
     /// Address ranges.
     pub const PREFIX: u32 = 65_536;
     /// Cells of addresses and ports.
-    pub const CELL: u32 = 131_072;
+    pub const CELL: u32 = 65_536;
     /// Rules by set and cell.
-    pub const BITS: u32 = 262_144;
+    pub const BITS: u32 = 131_072;
 }

@@ -62,8 +62,8 @@ named! {
     pub enum Reason {
         NotIp = 0, "not_ip", "neither IPv4 nor IPv6: passed untouched";
         NoDevice = 1, "no_device", "the interface has no entry: passed untouched";
-        OtherProtocol = 2, "other_protocol", "neither TCP nor UDP: passed untouched";
-        Unparsed = 3, "unparsed", "headers that cannot be followed: passed untouched";
+        OtherProtocol = 2, "other_protocol", "neither TCP, UDP nor SCTP: passed untouched, where policy allows it";
+        Unparsed = 3, "unparsed", "headers that cannot be followed: passed untouched, where no policy is enforced";
         NotService = 4, "not_service", "socket address is not a frontend: passed untouched";
         NotThisNode = 5, "not_this_node", "socket of another network namespace: passed untouched";
         DirectNew = 6, "direct_new", "first packet of a flow that no Service is part of";
@@ -95,6 +95,16 @@ named! {
         NoRoute = 43, "no_route", "drop: the node has no route to where the packet must go";
         TooBig = 44, "too_big", "refused: the packet is bigger than what the next link carries";
         PodQuota = 46, "pod_quota", "refused: the pod holds as many established flows as one pod may";
+        PolicyEgress = 47, "policy_egress", "drop: no NetworkPolicy rule allows what the pod sends";
+        PolicyIngress = 48, "policy_ingress", "drop: no NetworkPolicy rule allows what comes to the pod";
+        PolicyCut = 49, "policy_cut", "drop: NetworkPolicy allowed this flow before and does so no more";
+        PolicyUnready = 50, "policy_unready", "drop: the pod's NetworkPolicies are not in the maps, or do not fit there";
+        PolicyHeld = 51, "policy_held", "drop: NetworkPolicies exist, and whose interface this is is not known";
+        FrameType = 52, "frame_type", "drop: a VLAN tag, or an EtherType other than IPv4, IPv6 and ARP, at an enforced pod";
+        FrameSource = 53, "frame_source", "drop: a source address or MAC that is not the pod's own";
+        FrameNeighbour = 54, "frame_neighbour", "drop: ARP or neighbour discovery that speaks for somebody else, or is malformed";
+        FrameRouter = 55, "frame_router", "drop: a pod plays router or DHCP server";
+        FrameUnparsed = 56, "frame_unparsed", "drop: headers that cannot be followed, at an enforced pod";
         RefuseLimited = 45, "refuse_limited", "drop: refusals are limited to as many a second as the kernel sends";
     }
 }

@@ -52,6 +52,20 @@ impl Skb {
         unsafe { (*self.0).ifindex }
     }
 
+    /// Interface that it came into this node by; 0 = it was made here. Redirects and bridges keep it.
+    #[inline(always)]
+    pub(crate) fn ingress_ifindex(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).ingress_ifindex }
+    }
+
+    /// Does a socket of this network namespace own it? Those of the kernel do, for resets and ICMP.
+    #[inline(always)]
+    pub(crate) fn has_socket(&self) -> bool {
+        // SAFETY: the context is valid.
+        unsafe { helpers::bpf_get_socket_cookie(self.0.cast()) != 0 }
+    }
+
     /// Is it a super-packet, which is cut into segments later?
     #[inline(always)]
     pub(crate) fn is_gso(&self) -> bool {

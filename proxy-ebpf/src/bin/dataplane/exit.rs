@@ -14,7 +14,7 @@ pub(crate) struct Outcome {
     pub(crate) service: u32,
     /// Backend; meaningful with a service.
     pub(crate) backend: u32,
-    /// Policy rule; 0 = none.
+    /// Policy rule (`proxy_abi::policy::RuleRef`) that allowed or refused it; 0 = none.
     pub(crate) rule: u32,
 }
 
@@ -42,6 +42,20 @@ impl Outcome {
     #[inline(always)]
     pub(crate) fn numbered(verdict: Verdict, reason: u32) -> Self {
         Self { verdict, reason, service: 0, backend: 0, rule: 0 }
+    }
+
+    /// A reason that says itself whether the packet passes.
+    #[inline(always)]
+    pub(crate) fn decided(reason: u32) -> Self {
+        let verdict = if reason >= u32::from(Reason::FIRST_DROP) { Verdict::Drop } else { Verdict::Pass };
+        Self::numbered(verdict, reason)
+    }
+
+    /// With the policy rule that decided.
+    #[inline(always)]
+    pub(crate) fn by(mut self, rule: u32) -> Self {
+        self.rule = rule;
+        self
     }
 
     #[inline(always)]

@@ -19,7 +19,7 @@ use crate::ctx::{Skb, copy, forget, write_key};
 use crate::exit::Verdict;
 use crate::maps::WORK;
 use crate::route::found;
-use crate::{flow, tc};
+use crate::{flow, policy, tc};
 
 /// Offsets of the transport checksum that may be quoted.
 const TCP_CHECKSUM: usize = 16;
@@ -28,15 +28,16 @@ const UDP_CHECKSUM: usize = 6;
 /// What becomes of an ICMP error with its header at `l4`. In two functions one after the other, because their stacks
 /// would not fit into one.
 #[inline(always)]
-pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const DeviceEntry) -> (Verdict, u32) {
-    let comes = u32::from(matches!(hook, Hook::FromPod | Hook::FromNetdev));
+pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const DeviceEntry, slot: u16) -> (Verdict, u32) {
+    let comes = u32::from(matches!(hook, Hook::FromPod | Hook::FromNetdev)) | u32::from(slot) << 1;
     // What is quoted may lie behind what has been made readable.
     skb.pull(l4 + ICMP_LEN as u32 + 80);
     let v4 = F::HEADER_CHECKSUM.is_some();
     let about = if v4 { icmp_find_v4(skb.0, l4, comes) } else { icmp_find_v6(skb.0, l4, comes) };
     let about = forget(about);
     if about < 256 {
-        return (Verdict::Pass, about);
+        let verdict = if about >= u32::from(Reason::FIRST_DROP) { Verdict::Drop } else { Verdict::Pass };
+        return (verdict, about);
     }
     // SAFETY: this CPU's entry of the map `work`; a pointer into a map that was found for this packet.
     let (Some(work), Some(device)) = (WORK.get_ptr_mut(0), unsafe { device.as_ref() }) else {
@@ -62,19 +63,19 @@ pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const Dev
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn icmp_find_v4(skb: *mut __sk_buff, l4: u32, comes: u32) -> u32 {
-    find::<V4>(Skb(skb), l4, comes != 0)
+    find::<V4>(Skb(skb), l4, comes & 1 != 0, (comes >> 1) as u16)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn icmp_find_v6(skb: *mut __sk_buff, l4: u32, comes: u32) -> u32 {
-    find::<V6>(Skb(skb), l4, comes != 0)
+    find::<V6>(Skb(skb), l4, comes & 1 != 0, (comes >> 1) as u16)
 }
 
-/// Finds the flow of the quoted packet and plans the way of the error, which is in `work` then. A reason to let it pass,
-/// below 256; or protocol and offset of the quoted transport header, times 256 and 65,536.
+/// Finds the flow of the quoted packet and plans the way of the error, which is in `work` then. A reason to let it pass
+/// or to drop it, below 256; or protocol and offset of the quoted transport header, times 256 and 65,536.
 #[inline(always)]
-fn find<F: Family>(skb: Skb, l4: u32, comes: bool) -> u32 {
+fn find<F: Family>(skb: Skb, l4: u32, comes: bool, slot: u16) -> u32 {
     let Some(work) = WORK.get_ptr_mut(0) else { return Reason::OtherProtocol as u32 };
     let Some(quoted) = packet::quoted::<F, Skb>(&skb, l4 as usize) else {
         return Reason::OtherProtocol as u32;
@@ -89,7 +90,7 @@ fn find<F: Family>(skb: Skb, l4: u32, comes: bool) -> u32 {
     };
     // SAFETY: a pointer into a map that was just found.
     let entry = unsafe { &*found };
-    if !entry.is_translated() {
+    if slot == 0 && !entry.is_translated() {
         return Reason::OtherProtocol as u32;
     }
     let original = entry.flags & FlowEntry::KEY_ORIGINAL != 0;
@@ -97,6 +98,20 @@ fn find<F: Family>(skb: Skb, l4: u32, comes: bool) -> u32 {
     let (a, b) = (role.src.halves(), plan.quoted.src.halves());
     // The quoted packet came from the initiator: the error answers it.
     let answers = (a.0 ^ b.0) | (a.1 ^ b.1) | u64::from(role.src_port.0 ^ plan.quoted.src_port.0) == 0;
+    if slot != 0 {
+        // It is this pod's flow only if the quoted packet came to it, or from it.
+        let (own, end) = if comes { (F::SRC, &plan.quoted.dst) } else { (F::DST, &plan.quoted.src) };
+        if address::<F>(skb, own).is_none_or(|own| own.halves() != end.halves()) {
+            return Reason::OtherProtocol as u32;
+        }
+        let why = policy::check(skb, found, work, slot, !comes, forget(u32::from(answers)), quoted.proto);
+        if why != 0 {
+            return why;
+        }
+        if !entry.is_translated() {
+            return Reason::Direct as u32;
+        }
+    }
     let redirects = entry.flags & FlowEntry::REDIRECT != 0;
     if original && !answers && comes {
         tc::forward(entry, plan);

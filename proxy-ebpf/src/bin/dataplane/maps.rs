@@ -4,6 +4,10 @@ use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use proxy_abi::policy::{
+    Bits, BitsKey, BlockEntry, CellEntry, CellWord, PAGES, PodDigest, PortPage, SetEntry, SlotWord,
+    capacity as policy_capacity,
+};
 use proxy_abi::verdict::COUNTERS;
 use proxy_abi::{
     AffinityEntry, AffinityKey, BackendEntry, CounterEntry, DeviceEntry, FlowEntry, FlowKey, FragmentEntry,
@@ -48,6 +52,30 @@ pub(crate) static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 
 #[map(name = "pod_flows")]
 pub(crate) static POD_FLOWS: HashMap<u32, u64> = HashMap::with_max_entries(capacity::DEVICE, BPF_F_NO_PREALLOC);
+#[map(name = "policy_epoch")]
+pub(crate) static POLICY_EPOCH: Array<u32> = Array::with_max_entries(1, 0);
+#[map(name = "policy_slot")]
+pub(crate) static POLICY_SLOT: Array<SlotWord> = Array::with_max_entries(2 * policy_capacity::SLOT, 0);
+#[map(name = "policy_pod")]
+static POLICY_POD: HashMap<u32, PodDigest> = HashMap::with_max_entries(policy_capacity::SLOT, BPF_F_NO_PREALLOC);
+#[map(name = "policy_block")]
+pub(crate) static POLICY_BLOCK: Array<BlockEntry> = Array::with_max_entries(policy_capacity::BLOCK, 0);
+#[map(name = "policy_set")]
+pub(crate) static POLICY_SET: Array<SetEntry> = Array::with_max_entries(policy_capacity::SET, 0);
+#[map(name = "policy_ip")]
+pub(crate) static POLICY_IP: HashMap<IpBytes, CellWord> =
+    HashMap::with_max_entries(policy_capacity::IP, BPF_F_NO_PREALLOC);
+#[map(name = "policy_prefix")]
+pub(crate) static POLICY_PREFIX: LpmTrie<[u32; 5], CellWord> =
+    LpmTrie::with_max_entries(policy_capacity::PREFIX, BPF_F_NO_PREALLOC);
+#[map(name = "policy_page")]
+pub(crate) static POLICY_PAGE: Array<PortPage> = Array::with_max_entries(2 * PAGES, 0);
+#[map(name = "policy_cell")]
+static POLICY_CELL: HashMap<u32, CellEntry> = HashMap::with_max_entries(policy_capacity::CELL, BPF_F_NO_PREALLOC);
+#[map(name = "policy_bits")]
+pub(crate) static POLICY_BITS: HashMap<BitsKey, Bits> =
+    HashMap::with_max_entries(policy_capacity::BITS, BPF_F_NO_PREALLOC);
+
 /// When the last ICMP error was sent, nanoseconds: see `refuse`.
 #[map(name = "limit")]
 pub(crate) static LIMIT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
@@ -58,6 +86,9 @@ pub(crate) static SET_RETVAL: Global<u32> = Global::new(0);
 /// Established flows that one pod may have begun; 0 = any number.
 #[unsafe(no_mangle)]
 pub(crate) static POD_QUOTA: Global<u32> = Global::new(0);
+/// May a pod reach its own node whatever its policies say? 0 or 1.
+#[unsafe(no_mangle)]
+pub(crate) static NODE_OPEN: Global<u32> = Global::new(0);
 /// Cookie of the network namespace whose sockets are translated (`SO_NETNS_COOKIE` of a socket of the agent).
 #[unsafe(no_mangle)]
 pub(crate) static NETNS_COOKIE: Global<u64> = Global::new(0);

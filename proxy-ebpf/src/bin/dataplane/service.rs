@@ -7,10 +7,10 @@ use proxy_ebpf::packet::Parsed;
 use proxy_ebpf::{balance, conntrack};
 
 use crate::ctx::{Skb, copy, copy_flow, copy_mac, forget, write_key};
-use crate::flow;
 use crate::frontend::{self, choose, random, serves};
 use crate::maps::{DEVICE, FLOW_BRIEF, FLOW_LIVE, LOCAL_POD};
 use crate::route::{self, found};
+use crate::{flow, policy};
 
 /// What inserting with BPF_NOEXIST says about a key that is there.
 const EEXIST: i32 = -17;
@@ -37,6 +37,8 @@ impl Meta {
     pub(crate) const FROM_NETDEV: u32 = 1 << 26;
     /// Its source becomes an address of the node.
     pub(crate) const MASQUERADE: u32 = 1 << 27;
+    /// It comes from a socket of this node.
+    pub(crate) const FROM_NODE: u32 = 1 << 28;
 
     #[inline(always)]
     pub(crate) fn new(parsed: &Parsed, flags: u32) -> Self {
@@ -72,6 +74,8 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
     copy(&mut entry.translated, &entry.original);
     copy(&mut entry.initiator_stamp, &NONE);
     copy(&mut entry.responder_stamp, &NONE);
+    entry.initiator_slot = 0;
+    entry.responder_slot = 0;
     entry.last_seen = flow::now();
     entry.service = 0;
     entry.backend = 0;
@@ -83,8 +87,6 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
         entry.responder_ifindex = 0;
         copy_mac(&mut entry.initiator_mac, &device.pod_mac);
         copy_mac(&mut entry.responder_mac, &NOBODY);
-        entry.initiator_slot = device.slot;
-        entry.responder_slot = 0;
         entry.provenance = provenance::POD;
     } else if meta.is(Meta::FROM_NETDEV) {
         entry.flags |= FlowEntry::OUTSIDE;
@@ -92,17 +94,13 @@ fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) 
         entry.responder_ifindex = 0;
         copy_mac(&mut entry.initiator_mac, &NOBODY);
         copy_mac(&mut entry.responder_mac, &NOBODY);
-        entry.initiator_slot = 0;
-        entry.responder_slot = 0;
         entry.provenance = provenance::OUTSIDE;
     } else {
         entry.initiator_ifindex = 0;
         entry.responder_ifindex = ifindex;
         copy_mac(&mut entry.initiator_mac, &NOBODY);
         copy_mac(&mut entry.responder_mac, &device.pod_mac);
-        entry.initiator_slot = 0;
-        entry.responder_slot = device.slot;
-        entry.provenance = provenance::OUTSIDE;
+        entry.provenance = if meta.is(Meta::FROM_NODE) { provenance::NODE } else { provenance::OUTSIDE };
     }
 }
 
@@ -225,6 +223,11 @@ pub(crate) extern "C" fn service_open(
             if service_backend(skb, work, frontend, device, meta.0) == 0 {
                 continue;
             }
+            let refused = refused(skb, work, device, meta);
+            if refused != 0 {
+                work.reason = refused;
+                return 0;
+            }
             found = forget(1);
         } else {
             if found == 0 {
@@ -247,6 +250,15 @@ pub(crate) extern "C" fn service_open(
         service_finish(work, u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_COMMON), mode);
     }
     0
+}
+
+/// Does policy refuse the new flow in `work` on the side of the pod whose packet this is? 0, or the reason.
+#[inline(always)]
+fn refused(skb: *mut __sk_buff, work: &mut Work, device: &DeviceEntry, meta: Meta) -> u32 {
+    if device.slot == 0 {
+        return 0;
+    }
+    forget(policy::policy_new(skb, work, device, u32::from(meta.is(Meta::FROM_POD)), u32::from(meta.proto().0)))
 }
 
 /// Puts the flow in `work` under the key of its original tuple, too.
@@ -296,13 +308,11 @@ extern "C" fn service_path(skb: *mut __sk_buff, work: *mut Work, device: *const 
     let meta = Meta(meta);
     work.entry.flags &= !PATH;
     work.entry.responder_ifindex = 0;
-    work.entry.responder_slot = 0;
     let v4 = work.entry.original.src.is_v4();
     if let Some(pod) = LOCAL_POD.get_ptr(&work.entry.translated.dst) {
         // SAFETY: a pointer into a map that was just found.
         let pod = unsafe { &*pod };
         copy_mac(&mut work.entry.responder_mac, &pod.mac);
-        work.entry.responder_slot = pod.slot;
         // A pod that reaches itself must see another address than its own, or its stack would take the answer for its
         // own packet. kube-proxy's masquerade shows it the bridge's address, so do we.
         let itself = pod.ifindex == work.entry.initiator_ifindex;
@@ -382,15 +392,19 @@ pub(crate) fn incoming(skb: *mut __sk_buff, device: &DeviceEntry) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn service_open_direct(
+    skb: *mut __sk_buff,
     work: *mut Work,
     device: *const DeviceEntry,
-    ifindex: u32,
     meta: u32,
 ) -> u32 {
     // SAFETY: as in `service_backend`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
-    begin(&mut work.entry, meta, device, ifindex);
+    begin(&mut work.entry, meta, device, Skb(skb).ifindex());
+    work.reason = refused(skb, work, device, meta);
+    if work.reason != 0 {
+        return 0;
+    }
     write_key(&mut work.key, &work.entry.original, meta.proto_family(), FlowKey::SIDE_COMMON);
     let mode = if meta.is(Meta::REPLACE) { BPF_ANY } else { BPF_NOEXIST };
     let reason = match FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode)) {
@@ -408,15 +422,19 @@ pub(crate) extern "C" fn service_open_direct(
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn service_open_beside(
+    skb: *mut __sk_buff,
     work: *mut Work,
     device: *const DeviceEntry,
-    ifindex: u32,
     meta: u32,
 ) -> u32 {
     // SAFETY: as in `service_backend`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
-    begin(&mut work.entry, meta, device, ifindex);
+    begin(&mut work.entry, meta, device, Skb(skb).ifindex());
+    work.reason = refused(skb, work, device, meta);
+    if work.reason != 0 {
+        return 0;
+    }
     for attempt in 0..balance::PORT_TRIES {
         work.entry.translated.src_port = balance::source_port(random());
         work.entry.flags = FlowEntry::KEY_TRANSLATED | FlowEntry::INITIATOR_SIDE;

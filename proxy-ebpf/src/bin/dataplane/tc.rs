@@ -22,6 +22,7 @@ use proxy_abi::{
     Tuple, Work,
 };
 use proxy_ebpf::conntrack::{self, Sender};
+use proxy_ebpf::frame;
 use proxy_ebpf::packet::{self, Family, Fragment, Parsed, V4, V6, tcp_flag};
 
 use crate::ctx::{Skb, copy, copy_mac, forget, write_key};
@@ -29,7 +30,7 @@ use crate::exit::{self, Outcome, Verdict};
 use crate::maps::{DEVICE, FRAGMENT, WORK};
 use crate::route::found;
 use crate::service::Meta;
-use crate::{flow, frontend, icmp, refuse, route, service};
+use crate::{flow, frontend, icmp, other, policy, refuse, route, service};
 
 /// Bytes that are made readable at once: Ethernet, IPv6 with some extension, TCP.
 const HEADERS: u32 = 128;
@@ -56,13 +57,13 @@ mod step {
 pub(crate) fn run(skb: *mut __sk_buff, hook: Hook) -> i32 {
     let skb = Skb(skb);
     let outcome = if skb.has_vlan() {
-        Outcome::pass(Reason::NotIp)
+        other::frame(skb, hook)
     } else if skb.ethertype() == V4::ETHERTYPE {
         packet::<V4>(skb, hook)
     } else if skb.ethertype() == V6::ETHERTYPE {
         packet::<V6>(skb, hook)
     } else {
-        Outcome::pass(Reason::NotIp)
+        other::frame(skb, hook)
     };
     exit::packet(hook, skb.len(), &outcome)
 }
@@ -75,19 +76,42 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
     };
     let comes = matches!(hook, Hook::FromPod | Hook::FromNetdev);
     let netdev = matches!(hook, Hook::FromNetdev | Hook::ToNetdev);
+    // SAFETY: a pointer into a map that was just found.
+    let slot = if netdev { 0 } else { forget(u32::from(unsafe { (*device).slot })) as u16 };
     skb.pull(HEADERS);
     let mut parsed = match packet::parse::<F, Skb>(&skb) {
         Ok(parsed) => parsed,
+        Err(Reason::OtherProtocol) if slot != 0 => return judged(other::packet::<F>(skb, device, hook)),
+        Err(_) if slot != 0 => return Outcome::drop(Reason::FrameUnparsed),
         Err(reason) => return Outcome::pass(reason),
     };
+    if slot != 0 && matches!(hook, Hook::FromPod) {
+        if !other::is_own(skb, device, device_ip::<F>(device), &parsed.tuple.src) {
+            return Outcome::drop(Reason::FrameSource);
+        }
+        let (from, to) = (parsed.tuple.src_port.get(), parsed.tuple.dst_port.get());
+        if parsed.proto == Proto::UDP && frame::is_dhcp_server(from, to) {
+            return Outcome::drop(Reason::FrameRouter);
+        }
+    }
     if parsed.proto == F::ICMP {
-        let (verdict, reason) = icmp::error::<F>(skb, hook, u32::from(parsed.l4), device);
+        let (verdict, reason) = icmp::error::<F>(skb, hook, u32::from(parsed.l4), device, slot);
+        if slot != 0 && reason == Reason::OtherProtocol as u32 {
+            return judged(other::packet::<F>(skb, device, hook));
+        }
         return Outcome::numbered(verdict, reason);
     }
     if parsed.fragment != Fragment::WHOLE {
         let first = u32::from(parsed.fragment == Fragment::FIRST);
         let ports = fragment_ports(&parsed.tuple, parsed.fragment_id, u32::from(parsed.proto.0), first);
         if ports == u64::MAX {
+            if slot != 0
+                && matches!(hook, Hook::ToPod)
+                && let Some(work) = WORK.get_ptr_mut(0)
+            {
+                let why = other::portless(skb, work, slot, &parsed.tuple.src, parsed.proto);
+                return judged(if why == 0 { Reason::FragmentUnknown as u32 } else { why });
+            }
             if !matches!(hook, Hook::FromPod) {
                 // Whose it is cannot be known. If a Service's, whoever puts it together waits for the rest in vain, as it
                 // would if it were dropped. If not, nothing is lost.
@@ -106,6 +130,7 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
     let plan = unsafe { &mut *work };
     plan.service = 0;
     plan.backend = 0;
+    plan.rule = 0;
     let mut frontend = None;
     write_key(
         &mut plan.key,
@@ -114,10 +139,10 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
         FlowKey::SIDE_COMMON,
     );
     let (next, reason) = match flow::find(&plan.key) {
-        Some(found) => known::<F>(hook, &parsed, device, ifindex, found, plan),
-        None => (step::OPEN_SERVICE, Reason::ServiceNew),
+        Some(found) => known::<F>(skb, hook, &parsed, device, slot, found, work),
+        None => (step::OPEN_SERVICE, Reason::ServiceNew as u32),
     };
-    let (mut next, mut reason) = (forget(next), forget(reason as u32));
+    let (mut next, mut reason) = (forget(next), forget(reason));
     let unknown = reason == Reason::ServiceNew as u32;
     let gone = reason == Reason::NoBackend as u32;
     let mut meta = if unknown { 0 } else { Meta::REPLACE };
@@ -156,7 +181,18 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
         return refuse::packet::<F>(skb, &parsed, 0, reason).of(plan.service, plan.backend);
     }
     let verdict = if next == step::DROP { Verdict::Drop } else { Verdict::Pass };
-    Outcome::numbered(verdict, reason).of(plan.service, plan.backend)
+    Outcome::numbered(verdict, reason).of(plan.service, plan.backend).by(plan.rule)
+}
+
+/// The end of a packet that policy was asked about outside of the flow tables: a reason, which says what becomes of it.
+#[inline(always)]
+fn judged(reason: u32) -> Outcome {
+    let outcome = Outcome::decided(reason);
+    match WORK.get_ptr_mut(0) {
+        // SAFETY: this CPU's entry of the map `work`.
+        Some(work) => outcome.by(unsafe { (*work).rule }),
+        None => outcome,
+    }
 }
 
 /// The frontend that the first packet of a flow asks for, and what is to become of the packet: step and reason. Leaves
@@ -237,15 +273,19 @@ extern "C" fn fragment_ports(tuple: *const Tuple, id: u32, proto: u32, first: u3
 /// A packet whose flow is in the table.
 #[inline(always)]
 fn known<F: Family>(
+    skb: Skb,
     hook: Hook,
     parsed: &Parsed,
     device: *const DeviceEntry,
-    ifindex: u32,
+    slot: u16,
     found: *mut FlowEntry,
-    plan: &mut Work,
-) -> (u32, Reason) {
+    work: *mut Work,
+) -> (u32, u32) {
+    let ifindex = skb.ifindex();
     let from_pod = matches!(hook, Hook::FromPod);
     let comes = matches!(hook, Hook::FromPod | Hook::FromNetdev);
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    let plan = unsafe { &mut *work };
     let mut found = found;
     // SAFETY: a pointer into a map that was just found; here and below.
     let mut entry = unsafe { &*found };
@@ -260,9 +300,10 @@ fn known<F: Family>(
         plan.key.side = FlowKey::SIDE_INITIATOR;
         let Some(beside) = flow::find(&plan.key) else {
             if parsed.proto == Proto::TCP && !conntrack::opens(parsed.tcp_flags) {
-                return (step::PASS, Reason::Direct);
+                let unknown = (step::DROP, Reason::NoFlow as u32);
+                return if slot == 0 { (step::PASS, Reason::Direct as u32) } else { unknown };
             }
-            return (step::OPEN_BESIDE, Reason::DirectNew);
+            return (step::OPEN_BESIDE, Reason::DirectNew as u32);
         };
         found = beside;
         // SAFETY: as above.
@@ -289,14 +330,14 @@ fn known<F: Family>(
             flow::flow_discard(found, u32::from(proto_family));
         }
         if translated == 0 {
-            return (step::OPEN_SERVICE, Reason::DirectNew);
+            return (step::OPEN_SERVICE, Reason::DirectNew as u32);
         }
         if entry.flags & FlowEntry::INITIATOR_SIDE != 0 {
-            return (step::OPEN_BESIDE, Reason::DirectNew);
+            return (step::OPEN_BESIDE, Reason::DirectNew as u32);
         }
         plan.service = entry.service;
         plan.backend = entry.backend;
-        return (step::OPEN_SERVICE, Reason::NoBackend);
+        return (step::OPEN_SERVICE, Reason::NoBackend as u32);
     }
     // A connection that has ended is not answered any more: this one belongs to another that looks like it, for example one
     // of another proxy that masquerades with a port which was ours. What comes after this segment must not find it either.
@@ -307,7 +348,11 @@ fn known<F: Family>(
         && forget(u32::from(conntrack::is_over(entry.state))) != 0
     {
         flow::flow_discard(found, u32::from(proto_family));
-        return (step::PASS, Reason::Seen);
+        if slot != 0 {
+            // To the policy it is a connection like any other.
+            return (step::OPEN_SERVICE, Reason::DirectNew as u32);
+        }
+        return (step::PASS, Reason::Seen as u32);
     }
     // A Service may have come to the address that a direct flow goes to. Looked for with each request to open a connection,
     // and once a second for all else but TCP.
@@ -323,7 +368,13 @@ fn known<F: Family>(
             if parsed.proto == Proto::TCP {
                 flow::flow_discard(found, u32::from(proto_family));
             }
-            return (step::OPEN_SERVICE, Reason::DirectNew);
+            return (step::OPEN_SERVICE, Reason::DirectNew as u32);
+        }
+    }
+    if slot != 0 {
+        let why = policy::check(skb, found, work, slot, !from_pod, answers, parsed.proto);
+        if why != 0 {
+            return (step::DROP, why);
         }
     }
     let sender = if answers == 0 { Sender::Initiator } else { Sender::Responder };
@@ -335,19 +386,19 @@ fn known<F: Family>(
     plan.service = entry.service;
     plan.backend = entry.backend;
     if translated == 0 {
-        return (step::PASS, Reason::Direct);
+        return (step::PASS, Reason::Direct as u32);
     }
     if original != 0 && answers == 0 && comes {
         forward(entry, plan);
-        return (step::WRITE, Reason::Service);
+        return (step::WRITE, Reason::Service as u32);
     }
     let redirects = entry.flags & FlowEntry::REDIRECT != 0;
     // A reply of a flow that is redirected comes to a `to` hook as it is only when no program of ours is at the backend.
     if original == 0 && answers != 0 && (redirects || !comes) {
         backward(entry, plan, comes);
-        return (step::WRITE, Reason::Reply);
+        return (step::WRITE, Reason::Reply as u32);
     }
-    (step::PASS, Reason::Seen)
+    (step::PASS, Reason::Seen as u32)
 }
 
 /// The pod's address as the agent bound it.
@@ -372,6 +423,7 @@ fn open(
     let origin = match hook {
         Hook::FromPod => Meta::FROM_POD,
         Hook::FromNetdev => Meta::FROM_NETDEV,
+        Hook::ToPod if policy::is_from_node(skb) => Meta::FROM_NODE,
         _ => 0,
     };
     let meta = Meta::new(parsed, meta | origin);
@@ -389,10 +441,11 @@ fn open(
         }
         service::service_open(skb.0, work, frontend, device, meta.0);
     } else if how == step::OPEN_BESIDE {
-        service::service_open_beside(work, device, skb.ifindex(), meta.0);
+        service::service_open_beside(skb.0, work, device, meta.0);
     } else {
-        service::service_open_direct(work, device, skb.ifindex(), meta.0);
-        return (step::PASS, service::reason(work));
+        service::service_open_direct(skb.0, work, device, meta.0);
+        let reason = service::reason(work);
+        return (if reason >= u32::from(Reason::FIRST_DROP) { step::DROP } else { step::PASS }, reason);
     }
     let reason = service::reason(work);
     // SAFETY: this CPU's entry of the map `work`; the plan and the entry are different parts of it.
@@ -479,7 +532,8 @@ fn write<F: Family>(
     if !written {
         return Outcome::drop(Reason::RewriteFailed).of(service, backend);
     }
-    send(work, redirect, u32::from(set_mac), reason).of(service, backend)
+    // SAFETY: as above.
+    send(work, redirect, u32::from(set_mac), reason).of(service, backend).by(unsafe { (*work).rule })
 }
 
 /// Does the hook sit at an interface of the node?

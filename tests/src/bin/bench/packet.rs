@@ -65,6 +65,7 @@ pub(crate) fn run(rounds: usize) -> Result<Value> {
             flow_live: capacity::FLOW_LIVE,
             flow_brief: capacity::FLOW_BRIEF,
             pod_quota: 0,
+            node_open: false,
         };
         let mut bpf = Bpf::open(&config).context("loading the programs")?;
         let measured = measure(&mut bpf, node, &client, &server, rounds);

@@ -1,0 +1,162 @@
+//! The policy maps behind the port [`PolicyDataplane`].
+
+use std::path::Path;
+
+use proxy_abi::policy::{
+    Bits, BitsKey, BlockEntry, CellEntry, CellWord, PodDigest, PortPage, SetEntry, SlotWord, map as name,
+};
+use proxy_abi::{IpBytes, PrefixKey};
+use proxy_core::netpol::dataplane::PolicyDataplane;
+use proxy_core::netpol::tables::{Op, PolicyTables};
+
+use super::map::{Layout, Map};
+use super::pins::LAYOUTS;
+use super::{Bpf, Error};
+
+/// All policy maps, open.
+#[derive(Debug)]
+#[expect(missing_docs, reason = "each is named after its map; see proxy_abi::policy")]
+pub struct PolicyMaps {
+    pub epoch: Map<u32, u32>,
+    pub slot: Map<u32, SlotWord>,
+    pub pod: Map<u32, PodDigest>,
+    pub block: Map<u32, BlockEntry>,
+    pub set: Map<u32, SetEntry>,
+    pub ip: Map<IpBytes, CellWord>,
+    pub prefix: Map<PrefixKey, CellWord>,
+    pub page: Map<u32, PortPage>,
+    pub cell: Map<u32, CellEntry>,
+    pub bits: Map<BitsKey, Bits>,
+}
+
+const NO_WORD: SlotWord = SlotWord { block: 0, revision: 0 };
+const NO_SET: SetEntry = SetEntry {
+    any_pod: Bits::ZERO,
+    any_address: Bits::ZERO,
+    any_port: Bits::ZERO,
+    accept: Bits::ZERO,
+    deny: Bits::ZERO,
+    digest: [0; 2],
+    next: 0,
+    reserved: 0,
+};
+
+impl PolicyMaps {
+    /// Opens them in a directory of pins.
+    pub(super) fn open(directory: &Path) -> Result<Self, Error> {
+        fn layout(name: &'static str) -> Result<Layout, Error> {
+            let found = LAYOUTS.into_iter().find(|layout| layout.name == name);
+            found.ok_or_else(|| Error::NotRunning { path: name.into() })
+        }
+        Ok(Self {
+            epoch: Map::open(directory, layout(name::EPOCH)?)?,
+            slot: Map::open(directory, layout(name::SLOT)?)?,
+            pod: Map::open(directory, layout(name::POD)?)?,
+            block: Map::open(directory, layout(name::BLOCK)?)?,
+            set: Map::open(directory, layout(name::SET)?)?,
+            ip: Map::open(directory, layout(name::IP)?)?,
+            prefix: Map::open(directory, layout(name::PREFIX)?)?,
+            page: Map::open(directory, layout(name::PAGE)?)?,
+            cell: Map::open(directory, layout(name::CELL)?)?,
+            bits: Map::open(directory, layout(name::BITS)?)?,
+        })
+    }
+
+    /// Reads everything back. Rows of array maps that are zero are not named; the one block that is zero by its meaning
+    /// is, where the other fixed block shows that it was written.
+    pub fn tables(&self) -> Result<PolicyTables, Error> {
+        let blocks = self.block.read()?;
+        let written = blocks.iter().any(|(id, block)| *id == BlockEntry::LOCKED_ID && *block != BlockEntry::OPEN);
+        let fixed = written.then_some((BlockEntry::OPEN_ID, BlockEntry::OPEN));
+        Ok(PolicyTables {
+            epoch: self.epoch.get(&0)?.unwrap_or(0),
+            slots: self.slot.read()?.into_iter().filter(|(_, word)| *word != NO_WORD).collect(),
+            pods: self.pod.read()?.into_iter().collect(),
+            blocks: blocks.into_iter().filter(|(_, block)| *block != BlockEntry::OPEN).chain(fixed).collect(),
+            sets: self.set.read()?.into_iter().filter(|(_, set)| *set != NO_SET).collect(),
+            ips: self.ip.read()?.into_iter().collect(),
+            prefixes: self.prefix.read()?.into_iter().collect(),
+            pages: self.page.read()?.into_iter().filter(|(_, page)| *page != PortPage::ZERO).collect(),
+            cells: self.cell.read()?.into_iter().collect(),
+            bits: self.bits.read()?.into_iter().collect(),
+        })
+    }
+
+    /// Does one operation.
+    pub fn apply(&self, op: &Op) -> Result<(), Error> {
+        fn row<K: aya::Pod + std::fmt::Debug, V: aya::Pod>(
+            map: &Map<K, V>,
+            key: &K,
+            value: Option<&V>,
+        ) -> Result<(), Error> {
+            match value {
+                Some(value) => map.set(key, value),
+                None => map.delete(key).map(|_| ()),
+            }
+        }
+        match op {
+            Op::Epoch(epoch) => self.epoch.set(&0, epoch),
+            Op::Slot(index, word) => self.slot.set(index, &word.unwrap_or(NO_WORD)),
+            Op::Pod(slot, pod) => row(&self.pod, slot, pod.as_ref()),
+            Op::Block(id, block) => self.block.set(id, &block.unwrap_or(BlockEntry::OPEN)),
+            Op::Set(id, set) => self.set.set(id, set.as_deref().unwrap_or(&NO_SET)),
+            Op::Ip(ip, word) => row(&self.ip, ip, word.as_ref()),
+            Op::Prefix(key, word) => row(&self.prefix, key, word.as_ref()),
+            Op::Page(index, page) => self.page.set(index, page.as_deref().unwrap_or(&PortPage::ZERO)),
+            Op::Cell(number, entry) => row(&self.cell, number, entry.as_ref()),
+            Op::Bits(key, bits) => row(&self.bits, key, bits.as_ref()),
+        }
+    }
+
+    /// Writes the longest stretch of operations at the beginning that one map can take in one call: how many they are, and
+    /// a result for each. `None`: there is no such stretch.
+    fn apply_stretch(&self, ops: &[Op]) -> Option<Vec<Result<(), Error>>> {
+        macro_rules! stretch {
+            ($map:ident, $variant:ident, $value:expr) => {{
+                let rows = ops.iter().map_while(|op| match op {
+                    Op::$variant(key, Some(value)) => Some((*key, $value(value))),
+                    _ => None,
+                });
+                let (keys, values): (Vec<_>, Vec<_>) = rows.unzip();
+                return (keys.len() > 1).then(|| self.$map.set_all(&keys, &values));
+            }};
+        }
+        match ops.first()? {
+            Op::Ip(_, Some(_)) => stretch!(ip, Ip, |word: &CellWord| *word),
+            Op::Bits(_, Some(_)) => stretch!(bits, Bits, |bits: &Bits| *bits),
+            Op::Cell(_, Some(_)) => stretch!(cell, Cell, |entry: &CellEntry| *entry),
+            Op::Prefix(_, Some(_)) => stretch!(prefix, Prefix, |word: &CellWord| *word),
+            Op::Set(_, Some(_)) => stretch!(set, Set, |set: &SetEntry| *set),
+            Op::Page(_, Some(_)) => stretch!(page, Page, |page: &PortPage| *page),
+            _ => None,
+        }
+    }
+}
+
+impl PolicyDataplane for Bpf {
+    type Error = Error;
+
+    fn load_policy(&mut self) -> Result<PolicyTables, Error> {
+        self.maps().policy.tables()
+    }
+
+    fn apply_policy(&mut self, op: &Op) -> Result<(), Error> {
+        self.maps().policy.apply(op)
+    }
+
+    fn apply_policies(&mut self, ops: &[Op]) -> (usize, Option<Error>) {
+        let maps = &self.maps().policy;
+        let mut done = 0;
+        while let Some(rest) = ops.get(done..).filter(|rest| !rest.is_empty()) {
+            let results = maps.apply_stretch(rest);
+            let results = results.unwrap_or_else(|| rest.iter().take(1).map(|op| maps.apply(op)).collect());
+            for result in results {
+                if let Err(error) = result {
+                    return (done, Some(error));
+                }
+                done += 1;
+            }
+        }
+        (done, None)
+    }
+}
