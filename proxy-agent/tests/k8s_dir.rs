@@ -366,7 +366,7 @@ async fn findings_name_file_object_and_field() {
         ),
         (
             "a.json",
-            "{\"kind\": \"Pod\", \"apiVersion\": \"v1\"}\n{\"kind\": 1,",
+            "{\"kind\": \"Secret\", \"apiVersion\": \"v1\"}\n{\"kind\": 1,",
             &[
                 "ill a.json: a.json:2: document 2 is broken: EOF while parsing a value at line 2 column 11; mend the JSON; what \
                it held before stays",

@@ -167,7 +167,7 @@ mod tests {
             all.iter().filter_map(|name| name.split_once('/')).map(|(a, b)| ObjectName::new(a, b)).collect();
         let similar = |namespace, name| similar_to(all.iter(), namespace, name);
         assert_eq!(similar("shop", "xyzzy"), [""; 0]);
-        assert_eq!(similar("shop", "wbe"), ["shop/web"]);
+        assert_eq!(similar("shop", "wep"), ["shop/web", "other/web", "shop/web-0"]);
         assert_eq!(similar("shop", "web-1"), ["shop/web-0", "shop/web", "other/web"]);
         assert_eq!(similar("default", "web"), ["other/web", "shop/web", "shop/web-0"]);
     }
