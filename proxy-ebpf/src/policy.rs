@@ -22,13 +22,23 @@ pub trait Lookup {
     /// `policy_set`.
     fn set(&self, set: u32) -> Option<&SetEntry>;
     /// `policy_ip`.
-    fn ip(&self, ip: IpBytes) -> Option<CellWord>;
+    fn ip(&self, ip: &IpBytes) -> Option<CellWord>;
     /// `policy_prefix`, longest match.
-    fn prefix(&self, ip: IpBytes) -> Option<CellWord>;
+    fn prefix(&self, ip: &IpBytes) -> Option<CellWord>;
     /// `policy_page`.
     fn page(&self, index: u32) -> Option<&PortPage>;
     /// `policy_bits`.
     fn bits(&self, key: BitsKey) -> Option<&Bits>;
+
+    /// [`peer_cell`], which in the kernel is a function with a stack of its own.
+    fn peer_cell(&self, ip: &IpBytes, side: u32) -> u32 {
+        peer_cell(self, ip, side)
+    }
+
+    /// [`judge_set`], which in the kernel is a function that the verifier looks at once, for all its callers.
+    fn judge_set(&self, first: u32, peer: u32, port: u32) -> Found {
+        judge_set(self, first, peer, port)
+    }
 }
 
 /// One side of a flow, in the direction of its initiator, after translation of Services.
@@ -152,14 +162,14 @@ fn judge_on<L: Lookup + ?Sized>(maps: &L, question: &Question, side: u32) -> Jud
     if sets[0] | sets[1] | sets[2] == 0 {
         return judgement;
     }
-    judgement.peer = peer_cell(maps, question.peer, side);
+    judgement.peer = maps.peer_cell(&question.peer, side);
     judgement.port = port_cell(maps, question, side);
     let mut tier = 0;
     while tier < tier::COUNT {
         let set = sets[tier];
         let skipped = tier == tier::NETWORK_POLICY && question.flags & Question::HAIRPIN != 0;
         if set != 0 && !skipped {
-            match judge_set(maps, set, &judgement) {
+            match maps.judge_set(set, judgement.peer, judgement.port) {
                 Found::Accept(rule) => {
                     (judgement.rule, judgement.cause) = (rule, Cause::Rule);
                     return judgement;
@@ -184,7 +194,7 @@ fn judge_on<L: Lookup + ?Sized>(maps: &L, question: &Question, side: u32) -> Jud
 
 /// The cell of an address.
 #[inline(always)]
-fn peer_cell<L: Lookup + ?Sized>(maps: &L, ip: IpBytes, side: u32) -> u32 {
+pub fn peer_cell<L: Lookup + ?Sized>(maps: &L, ip: &IpBytes, side: u32) -> u32 {
     if let Some(word) = maps.ip(ip) {
         let cell = word.side(side);
         if cell != cell::NONE {
@@ -215,23 +225,57 @@ fn port_cell<L: Lookup + ?Sized>(maps: &L, question: &Question, side: u32) -> u3
 }
 
 /// What a set says.
-enum Found {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// The first rule that matches accepts.
     Accept(RuleRef),
+    /// It denies.
     Deny(RuleRef),
+    /// It leaves the matter to the next tier.
     Pass,
+    /// No rule matches.
     Nothing,
+    /// The set, or one that hangs on it, is not there.
     Broken,
 }
 
+impl Found {
+    /// As one number: all that a function in the kernel can return.
+    #[inline(always)]
+    pub const fn pack(self) -> u64 {
+        match self {
+            Self::Accept(rule) => (rule.0 as u64) << 32 | 1,
+            Self::Deny(rule) => (rule.0 as u64) << 32 | 2,
+            Self::Pass => 3,
+            Self::Nothing => 4,
+            Self::Broken => 0,
+        }
+    }
+
+    /// From that number.
+    #[inline(always)]
+    pub const fn unpack(packed: u64) -> Self {
+        let rule = RuleRef((packed >> 32) as u32);
+        match packed & 7 {
+            1 => Self::Accept(rule),
+            2 => Self::Deny(rule),
+            3 => Self::Pass,
+            4 => Self::Nothing,
+            _ => Self::Broken,
+        }
+    }
+}
+
+/// What a set and those that hang on it say of the cells of a peer's address and of a port.
 #[inline(always)]
-fn judge_set<L: Lookup + ?Sized>(maps: &L, first: u32, cells: &Judgement) -> Found {
+pub fn judge_set<L: Lookup + ?Sized>(maps: &L, first: u32, peer: u32, port: u32) -> Found {
     let mut id = first;
     let mut length = 0;
     while length < MAX_CHAIN {
         let Some(set) = maps.set(id) else { return Found::Broken };
-        let everyone = if cells.peer & cell::POD != 0 { &set.any_pod } else { &set.any_address };
-        let peers = maps.bits(BitsKey { set: id, cell: cells.peer }).unwrap_or(everyone);
-        let ports = maps.bits(BitsKey { set: id, cell: cells.port }).unwrap_or(&set.any_port);
+        let everyone = if peer & cell::POD != 0 { &set.any_pod } else { &set.any_address };
+        let peers = maps.bits(BitsKey { set: id, cell: peer }).unwrap_or(everyone);
+        let ports = maps.bits(BitsKey { set: id, cell: port }).unwrap_or(&set.any_port);
         let mut word = 0;
         while word < 4 {
             let matching = peers.words[word] & ports.words[word];

@@ -64,11 +64,11 @@ impl Lookup for Maps {
         self.sets.get(set as usize)
     }
 
-    fn ip(&self, _: IpBytes) -> Option<CellWord> {
+    fn ip(&self, _: &IpBytes) -> Option<CellWord> {
         None
     }
 
-    fn prefix(&self, _: IpBytes) -> Option<CellWord> {
+    fn prefix(&self, _: &IpBytes) -> Option<CellWord> {
         None
     }
 

@@ -3,6 +3,7 @@
 //! A [`Bench`] has a network namespace of its own, with one veth for each of three pods, so that the interfaces that
 //! the programs are told of exist; and a pin directory of its own, which goes with it.
 
+pub mod policed;
 pub mod talk;
 
 use std::collections::BTreeMap;

@@ -32,16 +32,16 @@ impl Lookup for Maps<'_> {
         self.0.sets.get(&set)
     }
 
-    fn ip(&self, ip: IpBytes) -> Option<CellWord> {
-        self.0.ips.get(&ip).copied()
+    fn ip(&self, ip: &IpBytes) -> Option<CellWord> {
+        self.0.ips.get(ip).copied()
     }
 
-    fn prefix(&self, ip: IpBytes) -> Option<CellWord> {
+    fn prefix(&self, ip: &IpBytes) -> Option<CellWord> {
         let number = |ip: IpBytes| ip.0.iter().fold(0_u128, |sum, word| sum << 32 | u128::from(u32::from_be(*word)));
-        let wanted = prefix_of(ip);
+        let wanted = prefix_of(*ip);
         let holds = |key: &PrefixKey| {
             let shift = 160 - key.length;
-            key.scope == wanted.scope && (number(key.ip) ^ number(ip)).checked_shr(shift).unwrap_or(0) == 0
+            key.scope == wanted.scope && (number(key.ip) ^ number(*ip)).checked_shr(shift).unwrap_or(0) == 0
         };
         let best = self.0.prefixes.iter().filter(|(key, _)| holds(key)).max_by_key(|(key, _)| key.length);
         best.map(|(_, word)| *word)

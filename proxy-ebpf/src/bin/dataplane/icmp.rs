@@ -19,11 +19,15 @@ use crate::ctx::{Skb, copy, forget, write_key};
 use crate::exit::Verdict;
 use crate::maps::WORK;
 use crate::route::found;
-use crate::{flow, policy, tc};
+use crate::{flow, policy, service, tc};
 
 /// Offsets of the transport checksum that may be quoted.
 const TCP_CHECKSUM: usize = 16;
 const UDP_CHECKSUM: usize = 6;
+
+/// In `work`, in place of a reason: the error is about a flow, and policy is to be asked about that. With the flags of
+/// [`policy::again`] and the protocol.
+const ASK: u32 = 1 << 31;
 
 /// What becomes of an ICMP error with its header at `l4`. In two functions one after the other, because their stacks
 /// would not fit into one.
@@ -35,6 +39,17 @@ pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const Dev
     let v4 = F::HEADER_CHECKSUM.is_some();
     let about = if v4 { icmp_find_v4(skb.0, l4, comes) } else { icmp_find_v6(skb.0, l4, comes) };
     let about = forget(about);
+    if slot != 0
+        && let Some(work) = WORK.get_ptr_mut(0)
+    {
+        let asked = forget(service::reason(work));
+        if asked & ASK != 0 && about != Reason::OtherProtocol as u32 {
+            let why = policy::by_key(skb, work, asked & 0xff_0000 | u32::from(slot), Proto(asked as u8));
+            if why != 0 {
+                return (Verdict::Drop, why);
+            }
+        }
+    }
     if about < 256 {
         let verdict = if about >= u32::from(Reason::FIRST_DROP) { Verdict::Drop } else { Verdict::Pass };
         return (verdict, about);
@@ -83,6 +98,7 @@ fn find<F: Family>(skb: Skb, l4: u32, comes: bool, slot: u16) -> u32 {
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     let plan = unsafe { &mut *work };
     copy(&mut plan.quoted, &quoted.tuple);
+    plan.reason = 0;
     let proto_family = u16::from(quoted.proto.0) | u16::from(F::FAMILY) << 8;
     write_key(&mut plan.key, &plan.quoted, proto_family, FlowKey::SIDE_COMMON);
     let Some(found) = flow::find(&plan.key) else {
@@ -104,10 +120,7 @@ fn find<F: Family>(skb: Skb, l4: u32, comes: bool, slot: u16) -> u32 {
         if address::<F>(skb, own).is_none_or(|own| own.halves() != end.halves()) {
             return Reason::OtherProtocol as u32;
         }
-        let why = policy::check(skb, found, work, slot, !comes, forget(u32::from(answers)), quoted.proto);
-        if why != 0 {
-            return why;
-        }
+        plan.reason = policy::side(!comes, u32::from(answers)) | u32::from(quoted.proto.0) | ASK;
         if !entry.is_translated() {
             return Reason::Direct as u32;
         }

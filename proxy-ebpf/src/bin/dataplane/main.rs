@@ -53,24 +53,28 @@ mod programs {
 
     /// What a pod sends: ingress of its host-side veth.
     #[classifier]
+    #[inline(always)]
     fn from_pod(ctx: TcContext) -> i32 {
         tc::run(ctx.skb.skb, Hook::FromPod)
     }
 
     /// What a pod receives: egress of its host-side veth.
     #[classifier]
+    #[inline(always)]
     fn to_pod(ctx: TcContext) -> i32 {
         tc::run(ctx.skb.skb, Hook::ToPod)
     }
 
     /// What comes to the node: ingress of an uplink or tunnel.
     #[classifier]
+    #[inline(always)]
     fn from_netdev(ctx: TcContext) -> i32 {
         tc::run(ctx.skb.skb, Hook::FromNetdev)
     }
 
     /// What leaves the node: egress of an uplink or tunnel.
     #[classifier]
+    #[inline(always)]
     fn to_netdev(ctx: TcContext) -> i32 {
         tc::run(ctx.skb.skb, Hook::ToNetdev)
     }

@@ -20,7 +20,7 @@ use crate::ctx::{Skb, copy, forget, write_key};
 use crate::exit::Outcome;
 use crate::maps::{DEVICE, FLOW_BRIEF, WORK};
 use crate::service::Meta;
-use crate::{flow, policy, service};
+use crate::{flow, policy, tc};
 
 /// Bytes that are made readable of what is no IP packet: an ARP packet for IPv4.
 const ARP_LEN: u32 = ETH_LEN as u32 + 28;
@@ -31,8 +31,7 @@ pub(crate) fn frame(skb: Skb, hook: Hook) -> Outcome {
     if !matches!(hook, Hook::FromPod | Hook::ToPod) {
         return Outcome::pass(Reason::NotIp);
     }
-    let reason = forget(other_frame(skb.0, u32::from(matches!(hook, Hook::FromPod))));
-    Outcome::decided(reason)
+    Outcome::decided(other_frame(skb.0, u32::from(matches!(hook, Hook::FromPod))))
 }
 
 #[unsafe(no_mangle)]
@@ -63,8 +62,9 @@ extern "C" fn other_frame(skb: *mut __sk_buff, leaves: u32) -> u32 {
 pub(crate) fn is_own(skb: Skb, device: *const DeviceEntry, own: &IpBytes, src: &IpBytes) -> bool {
     // SAFETY: a pointer into a map that was found for this packet.
     let entry = unsafe { &*device };
-    let address = forget(u32::from(own.halves() == src.halves() && own.halves() != (0, 0))) != 0;
-    forget(u32::from(frame::is_from(&skb, entry))) != 0 && (address || other_is_own(device, src) != 0)
+    let (a, b) = (own.halves(), src.halves());
+    let address = (a.0 ^ b.0) | (a.1 ^ b.1) == 0 && a.0 | a.1 != 0;
+    frame::is_from(&skb, entry) && (address || other_is_own(device, src) != 0)
 }
 
 #[unsafe(no_mangle)]
@@ -77,9 +77,54 @@ extern "C" fn other_is_own(device: *const DeviceEntry, ip: *const IpBytes) -> u3
 
 /// An IP packet that is none of TCP, UDP and SCTP, nor an error about a flow; a reason, which says whether it is dropped.
 #[inline(always)]
-pub(crate) fn packet<F: Family>(skb: Skb, device: *const DeviceEntry, hook: Hook) -> u32 {
-    let leaves = u32::from(matches!(hook, Hook::FromPod));
-    forget(if F::HEADER_CHECKSUM.is_some() { other_v4(skb.0, device, leaves) } else { other_v6(skb.0, device, leaves) })
+pub(crate) fn packet<F: Family>(skb: Skb, device: *const DeviceEntry, hook: Hook, slot: u16) -> u32 {
+    let leaves = matches!(hook, Hook::FromPod);
+    let Some(work) = WORK.get_ptr_mut(0) else { return Reason::PolicyUnready as u32 };
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    unsafe { (*work).rule = 0 };
+    let read = if F::HEADER_CHECKSUM.is_some() {
+        other_v4(skb.0, device, u32::from(leaves))
+    } else {
+        other_v6(skb.0, device, u32::from(leaves))
+    };
+    if read & how::READ == 0 {
+        return if F::HEADER_CHECKSUM.is_none() && read & how::LINK != 0 {
+            other_link_message(skb.0, device, read)
+        } else {
+            read
+        };
+    }
+    let proto = Proto(read as u8);
+    let place = other_place(work, read | u32::from(F::FAMILY) << 8);
+    let refused = if place == place::NEW {
+        let from_node = !leaves && policy::is_from_node(skb);
+        let meta = u32::from(proto.0) | u32::from(F::FAMILY) << 8 | Meta::REPLACE;
+        let meta = meta | if leaves { Meta::FROM_POD } else { 0 } | if from_node { Meta::FROM_NODE } else { 0 };
+        let reason = tc::open_direct(skb, work, device, hook, Meta(meta));
+        if reason >= u32::from(Reason::FIRST_DROP) { reason } else { 0 }
+    } else if place == place::NONE {
+        policy::single(skb, work, slot, !leaves, proto)
+    } else {
+        let answers = u32::from(place == place::ANSWER);
+        let refused = policy::by_key(skb, work, policy::side(!leaves, answers) | u32::from(slot), proto);
+        if refused == 0 {
+            other_touch(work, answers);
+        }
+        refused
+    };
+    if refused == 0 { Reason::OtherProtocol as u32 } else { refused }
+}
+
+/// Where a packet of these protocols belongs.
+mod place {
+    /// To no flow, and it makes none.
+    pub(super) const NONE: u32 = 0;
+    /// It is the first of one.
+    pub(super) const NEW: u32 = 1;
+    /// It goes the way of the first one of its flow.
+    pub(super) const FORWARD: u32 = 2;
+    /// It goes the other way.
+    pub(super) const ANSWER: u32 = 3;
 }
 
 #[unsafe(no_mangle)]
@@ -117,12 +162,12 @@ fn other<F: Family>(skb: Skb, device: *const DeviceEntry, leaves: bool) -> u32 {
         if fragment != Fragment::LATER.0 {
             let Some(kind) = skb.byte(l4 as usize) else { return Reason::FrameUnparsed as u32 };
             if F::HEADER_CHECKSUM.is_none() && (kind::is_neighbour(kind) || kind::is_listener(kind)) {
-                return link_message(
-                    skb,
-                    device,
-                    l4,
-                    u32::from(kind) | u32::from(fragment) << 8 | u32::from(leaves) << 16,
-                );
+                if l4 > how::PLACE {
+                    return Reason::FrameUnparsed as u32;
+                }
+                let whole = if fragment == Fragment::WHOLE.0 { 0 } else { how::FRAGMENT };
+                let sent = if leaves { how::LEAVES } else { 0 };
+                return how::LINK | whole | sent | u32::from(kind) | (l4 & how::PLACE) << 8;
             }
             if kind == F::ECHO || kind == F::ECHO_REPLY {
                 let Some(id) = skb.half(l4 as usize + 4) else { return Reason::FrameUnparsed as u32 };
@@ -138,35 +183,38 @@ fn other<F: Family>(skb: Skb, device: *const DeviceEntry, leaves: bool) -> u32 {
     plan.entry.original.src_port = PortBe(forget(u32::from(from)) as u16);
     plan.entry.original.dst_port = PortBe(forget(u32::from(to)) as u16);
     how |= if leaves { how::LEAVES } else { 0 };
-    other_track(skb.0, work, device, u32::from(proto.0) | u32::from(F::FAMILY) << 8, forget(how))
+    forget(how) | how::READ | u32::from(proto.0)
 }
 
 /// What a packet of these protocols may be.
 mod how {
+    /// It has been read. Without this and `LINK`, a number is a reason.
+    pub(super) const READ: u32 = 1 << 31;
+    /// A message of the link.
+    pub(super) const LINK: u32 = 1 << 30;
+    /// Where its header is, at most; in a number with `LINK` times 256.
+    pub(super) const PLACE: u32 = 0x7ff;
+    /// That message is a fragment.
+    pub(super) const FRAGMENT: u32 = 1 << 29;
     /// Part of a flow.
-    pub(super) const FOLLOWED: u32 = 1;
+    pub(super) const FOLLOWED: u32 = 1 << 16;
     /// The first of one.
-    pub(super) const BEGINS: u32 = 2;
+    pub(super) const BEGINS: u32 = 1 << 17;
     /// It asks, so it answers nothing.
-    pub(super) const ASKS: u32 = 4;
+    pub(super) const ASKS: u32 = 1 << 18;
     /// A pod sends it.
-    pub(super) const LEAVES: u32 = 8;
+    pub(super) const LEAVES: u32 = 1 << 19;
 }
 
-#[inline(always)]
-fn link_message(skb: Skb, device: *const DeviceEntry, l4: u32, about: u32) -> u32 {
-    forget(other_link_message(skb.0, device, l4, about))
-}
-
-/// `about`: type, place in a fragmented packet, whether the pod sends it.
+/// A message of the link. `read`: type, place of the ICMPv6 header times 256, flags of [`how`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn other_link_message(skb: *mut __sk_buff, device: *const DeviceEntry, l4: u32, about: u32) -> u32 {
+extern "C" fn other_link_message(skb: *mut __sk_buff, device: *const DeviceEntry, read: u32) -> u32 {
     let skb = Skb(skb);
     // SAFETY: a pointer into a map that was found for this packet.
     let Some(device) = (unsafe { device.as_ref() }) else { return Reason::NoDevice as u32 };
-    let message_kind = about as u8;
-    if about >> 16 == 0 {
+    let message_kind = read as u8;
+    if read & how::LEAVES == 0 {
         let forged = kind::is_neighbour(message_kind) && !frame::has_full_hops(&skb);
         return if forged { Reason::FrameNeighbour } else { Reason::OtherProtocol } as u32;
     }
@@ -175,68 +223,53 @@ extern "C" fn other_link_message(skb: *mut __sk_buff, device: *const DeviceEntry
     }
     let words = [0, 4, 8, 12].map(|part| skb.word(V6::SRC + part));
     let [Some(a), Some(b), Some(c), Some(d)] = words else { return Reason::FrameUnparsed as u32 };
-    let fragmented = (about >> 8) as u8 != Fragment::WHOLE.0;
-    let message = Message { src: IpBytes([a, b, c, d]), at: l4, kind: message_kind, fragmented };
+    let fragmented = read & how::FRAGMENT != 0;
+    let message = Message { src: IpBytes([a, b, c, d]), at: read >> 8 & how::PLACE, kind: message_kind, fragmented };
     frame::link_message(&skb, device, &message).unwrap_or(Reason::OtherProtocol) as u32
 }
 
-/// A packet with its tuple in `work`; what it may be is told by [`how`].
+/// Where the packet belongs whose tuple is in `work`; `read` tells what it may be, by [`how`], its protocol and its family.
+/// The key of its flow comes into `work`, or the other end.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn other_track(
-    skb: *mut __sk_buff,
-    work: *mut Work,
-    device: *const DeviceEntry,
-    proto_family: u32,
-    how: u32,
-) -> u32 {
-    let skb = Skb(skb);
-    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now, and a pointer into a map.
-    let (Some(plan), Some(entry)) = (unsafe { (work.as_mut(), device.as_ref()) }) else {
-        return Reason::PolicyUnready as u32;
-    };
-    let (proto, leaves) = (Proto(proto_family as u8), how & how::LEAVES != 0);
-    let now = flow::now();
-    if how & how::FOLLOWED != 0 {
-        write_key(&mut plan.key, &plan.entry.original, proto_family as u16, FlowKey::SIDE_COMMON);
-        if let Some(found) = FLOW_BRIEF.get_ptr_mut(&plan.key) {
-            // SAFETY: a pointer into a map that was just found; fields are written as in `flow_update`.
-            let known = unsafe { &mut *found };
-            let (a, b) = (known.original.src.halves(), plan.entry.original.src.halves());
-            let answers = u32::from(
-                (a.0 ^ b.0) | (a.1 ^ b.1) | u64::from(known.original.src_port.0 ^ plan.entry.original.src_port.0) != 0,
-            );
-            let idle = now.saturating_sub(known.last_seen);
-            let fits = if answers == 0 { how & how::BEGINS != 0 } else { how & how::ASKS == 0 };
-            if fits && !conntrack::is_idle(known.state, idle) {
-                let why = policy::check(skb, found, work, entry.slot, !leaves, forget(answers), proto);
-                if why == 0 {
-                    let sender = if answers == 0 { Sender::Initiator } else { Sender::Responder };
-                    known.state = conntrack::step(known.state, sender, proto, 0);
-                    known.last_seen = now;
-                    return Reason::OtherProtocol as u32;
-                }
-                return why;
-            }
+extern "C" fn other_place(work: *mut Work, read: u32) -> u32 {
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    let Some(plan) = (unsafe { work.as_mut() }) else { return place::NONE };
+    let leaves = read & how::LEAVES != 0;
+    copy(&mut plan.peer, if leaves { &plan.entry.original.dst } else { &plan.entry.original.src });
+    if read & how::FOLLOWED == 0 {
+        return place::NONE;
+    }
+    write_key(&mut plan.key, &plan.entry.original, read as u16, FlowKey::SIDE_COMMON);
+    if let Some(found) = FLOW_BRIEF.get_ptr(&plan.key) {
+        // SAFETY: a pointer into a map that was just found.
+        let known = unsafe { &*found };
+        let (a, b) = (known.original.src.halves(), plan.entry.original.src.halves());
+        let apart = known.original.src_port.0 ^ plan.entry.original.src_port.0;
+        let answers = (a.0 ^ b.0) | (a.1 ^ b.1) | u64::from(apart) != 0;
+        let fits = read & if answers { how::ASKS } else { how::BEGINS };
+        let idle = flow::now().saturating_sub(known.last_seen);
+        if !conntrack::is_idle(known.state, idle) && (fits == 0) == answers {
+            return if answers { place::ANSWER } else { place::FORWARD };
         }
     }
-    if how & how::BEGINS == 0 {
-        if leaves {
-            copy(&mut plan.peer, &plan.entry.original.dst);
-        } else {
-            copy(&mut plan.peer, &plan.entry.original.src);
-        }
-        let why = policy::single(skb, work, entry.slot, !leaves, proto);
-        return if why == 0 { Reason::OtherProtocol as u32 } else { why };
+    if read & how::BEGINS != 0 { place::NEW } else { place::NONE }
+}
+
+/// A packet of the flow under the key in `work` has passed.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn other_touch(work: *mut Work, answers: u32) -> u32 {
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+    if let Some(found) = FLOW_BRIEF.get_ptr_mut(&work.key) {
+        // SAFETY: a pointer into a map that was just found; fields are written as in `flow_update`.
+        let known = unsafe { &mut *found };
+        let sender = if answers == 0 { Sender::Initiator } else { Sender::Responder };
+        known.state = conntrack::step(known.state, sender, work.key.proto, 0);
+        known.last_seen = flow::now();
     }
-    let from_node = !leaves && policy::is_from_node(skb);
-    let meta = proto_family
-        | if leaves { Meta::FROM_POD } else { 0 }
-        | if from_node { Meta::FROM_NODE } else { 0 }
-        | Meta::REPLACE;
-    service::service_open_direct(skb.0, work, device, meta);
-    let why = service::reason(work);
-    if why >= u32::from(Reason::FIRST_DROP) { why } else { Reason::OtherProtocol as u32 }
+    0
 }
 
 /// A later fragment whose ports nobody has seen, on its way to a pod.

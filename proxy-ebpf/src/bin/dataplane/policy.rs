@@ -16,14 +16,15 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::maps::lpm_trie::Key;
 use proxy_abi::flow::provenance;
 use proxy_abi::policy::{Bits, BitsKey, BlockEntry, CellWord, Direction, PortPage, SetEntry, SlotWord, prefix_of};
-use proxy_abi::{DeviceEntry, FlowEntry, FrontendEntry, IpBytes, PortBe, Proto, Reason, Work};
-use proxy_ebpf::policy::{self, Cause, Lookup, Question};
+use proxy_abi::{DeviceEntry, FlowEntry, FrontendEntry, Hook, IpBytes, PortBe, Proto, Reason, Work};
+use proxy_ebpf::policy::{self, Cause, Found, Lookup, Question};
 
 use crate::ctx::{Skb, copy, forget};
-use crate::frontend;
 use crate::maps::{
     NODE_OPEN, POLICY_BITS, POLICY_BLOCK, POLICY_EPOCH, POLICY_IP, POLICY_PAGE, POLICY_PREFIX, POLICY_SET, POLICY_SLOT,
+    WORK,
 };
+use crate::{flow, frontend};
 
 /// The pinned maps.
 struct Kernel;
@@ -59,13 +60,13 @@ impl Lookup for Kernel {
     }
 
     #[inline(always)]
-    fn ip(&self, ip: IpBytes) -> Option<CellWord> {
-        found!(POLICY_IP.get_ptr(&ip)).copied()
+    fn ip(&self, ip: &IpBytes) -> Option<CellWord> {
+        found!(POLICY_IP.get_ptr(ip)).copied()
     }
 
     #[inline(always)]
-    fn prefix(&self, ip: IpBytes) -> Option<CellWord> {
-        let whole = prefix_of(ip);
+    fn prefix(&self, ip: &IpBytes) -> Option<CellWord> {
+        let whole = prefix_of(*ip);
         let [a, b, c, d] = whole.ip.0;
         POLICY_PREFIX.get(Key::new(whole.length, [whole.scope, a, b, c, d])).copied()
     }
@@ -79,7 +80,36 @@ impl Lookup for Kernel {
     fn bits(&self, key: BitsKey) -> Option<&Bits> {
         found!(POLICY_BITS.get_ptr(&key))
     }
+
+    #[inline(always)]
+    fn peer_cell(&self, _: &IpBytes, side: u32) -> u32 {
+        policy_peer(side)
+    }
+
+    #[inline(always)]
+    fn judge_set(&self, first: u32, peer: u32, port: u32) -> Found {
+        Found::unpack(policy_rules(first, peer, port))
+    }
 }
+
+/// [`policy::peer_cell`] of the address in `work`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn policy_peer(side: u32) -> u32 {
+    let Some(work) = WORK.get_ptr_mut(0) else { return 0 };
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    policy::peer_cell(&Kernel, unsafe { &(*work).peer }, side)
+}
+
+/// [`policy::judge_set`], packed.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn policy_rules(first: u32, peer: u32, port: u32) -> u64 {
+    policy::judge_set(&Kernel, first, peer, port).pack()
+}
+
+// The stacks of a call chain together are limited, and the programs' own are large: what asks here is called by them, and
+// not by what they call.
 
 /// A question as one number: protocol, flags of [`Question`] and [`EGRESS`], port in memory order.
 #[inline(always)]
@@ -89,6 +119,14 @@ fn about(proto: Proto, flags: u8, port: PortBe) -> u32 {
 
 /// The pod is the initiator. Beside the flags of [`Question`].
 const EGRESS: u8 = 0x80;
+
+/// Is the other end in `work` this node?
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn policy_is_node(work: *const Work) -> u32 {
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    unsafe { work.as_ref() }.map_or(0, |work| frontend::address(&work.peer) & FrontendEntry::ADDRESS_NODE)
+}
 
 /// Asks for one side of a flow, whose other end is in `work`, and leaves revision and rule there. 0: it may pass; else
 /// the reason why not.
@@ -102,7 +140,8 @@ extern "C" fn policy_judge(work: *mut Work, slot: u32, about: u32) -> u32 {
     let question = Question {
         slot: slot as u16,
         direction: if egress { Direction::Egress } else { Direction::Ingress },
-        peer: work.peer,
+        // In `work`, where the look-up finds it.
+        peer: IpBytes::UNSPECIFIED,
         proto: Proto(about as u8),
         port: PortBe((about >> 16) as u16),
         flags: flags & !EGRESS,
@@ -116,10 +155,7 @@ extern "C" fn policy_judge(work: *mut Work, slot: u32, about: u32) -> u32 {
     match judgement.cause {
         Cause::Rule | Cause::Isolated if !egress => Reason::PolicyIngress as u32,
         Cause::Rule | Cause::Isolated => {
-            if NODE_OPEN.load() != 0 && frontend::address(&work.peer) & FrontendEntry::ADDRESS_NODE != 0 {
-                return 0;
-            }
-            Reason::PolicyEgress as u32
+            if NODE_OPEN.load() != 0 && policy_is_node(work) != 0 { 0 } else { Reason::PolicyEgress as u32 }
         }
         _ if slot == u32::from(DeviceEntry::HELD) => Reason::PolicyHeld as u32,
         _ => Reason::PolicyUnready as u32,
@@ -191,6 +227,25 @@ pub(crate) extern "C" fn policy_new(
     0
 }
 
+/// [`policy_new`], for the packet of a hook.
+#[inline(always)]
+pub(crate) fn open(skb: Skb, work: *mut Work, device: *const DeviceEntry, hook: Hook, proto: Proto) -> u32 {
+    policy_new(skb.0, work, device, u32::from(matches!(hook, Hook::FromPod)), u32::from(proto.0))
+}
+
+/// [`policy_again`], for the flow under the key in `work`, where there is one.
+#[inline(always)]
+pub(crate) fn by_key(skb: Skb, work: *mut Work, how: u32, proto: Proto) -> u32 {
+    policy_again(skb.0, core::ptr::null_mut(), work, how, u32::from(proto.0))
+}
+
+/// Flags of [`again`].
+#[inline(always)]
+pub(crate) fn side(arrives: bool, answers: u32) -> u32 {
+    let initiates = if (answers != 0) == arrives { again::INITIATES } else { 0 };
+    initiates | if arrives && answers == 0 { again::ARRIVES } else { 0 }
+}
+
 /// Which side of a flow a pod is on, and how the packet at hand goes.
 pub(crate) mod again {
     /// The pod is the initiator.
@@ -199,8 +254,8 @@ pub(crate) mod again {
     pub(crate) const ARRIVES: u32 = 1 << 17;
 }
 
-/// Judges this pod's side of a flow of the table, and stamps it. 0, or the reason to drop the packet. `how`: the slot,
-/// and flags of [`again`].
+/// Judges this pod's side of a flow of the table, and stamps it. 0, or the reason to drop the packet. Without an entry the
+/// one under the key in `work`. `how`: the slot, and flags of [`again`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn policy_again(
@@ -210,11 +265,12 @@ pub(crate) extern "C" fn policy_again(
     how: u32,
     proto: u32,
 ) -> u32 {
-    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now; and a flow as the caller found it, of
-    // which single fields are written without a lock: whoever is later has seen the later policy, or is judged again.
-    let (Some(work), Some(entry)) = (unsafe { (work.as_mut(), entry.as_mut()) }) else {
-        return Reason::PolicyUnready as u32;
-    };
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    let Some(work) = (unsafe { work.as_mut() }) else { return Reason::PolicyUnready as u32 };
+    let entry = if entry.is_null() { flow::find(&work.key).unwrap_or(entry) } else { entry };
+    // SAFETY: a pointer into a map that was just found. Single fields of it are written without a lock: whoever is later
+    // has seen the later policy, or is judged again.
+    let Some(entry) = (unsafe { entry.as_mut() }) else { return Reason::PolicyUnready as u32 };
     let slot = how & 0xffff;
     let initiates = how & again::INITIATES != 0;
     let mut flags = if entry.flags & FlowEntry::HAIRPIN != 0 { Question::HAIRPIN } else { 0 };
@@ -230,7 +286,7 @@ pub(crate) extern "C" fn policy_again(
             flags |= Question::FROM_NODE;
         }
     }
-    let refused = forget(policy_judge(work, slot, about(Proto(proto as u8), flags, entry.translated.dst_port)));
+    let refused = policy_judge(work, slot, about(Proto(proto as u8), flags, entry.translated.dst_port));
     let stamp = if initiates { &mut entry.initiator_stamp } else { &mut entry.responder_stamp };
     if refused != 0 {
         let live = stamp.revision != 0 && refused != Reason::PolicyHeld as u32;
@@ -278,12 +334,12 @@ pub(crate) fn check(
     let how = u32::from(slot)
         | if initiates != 0 { again::INITIATES } else { 0 }
         | if arrives && answers == 0 { again::ARRIVES } else { 0 };
-    forget(policy_again(skb.0, found, work, how, u32::from(proto.0)))
+    policy_again(skb.0, found, work, how, u32::from(proto.0))
 }
 
 /// Judges a packet that belongs to no flow and makes none. The other end is in `work`. `arrives`: at `to_pod`.
 #[inline(always)]
 pub(crate) fn single(skb: Skb, work: *mut Work, slot: u16, arrives: bool, proto: Proto) -> u32 {
     let flags = Question::NO_PORT | if arrives { arriving(skb) } else { EGRESS };
-    forget(policy_judge(work, u32::from(slot), about(proto, flags, PortBe(0))))
+    policy_judge(work, u32::from(slot), about(proto, flags, PortBe(0)))
 }

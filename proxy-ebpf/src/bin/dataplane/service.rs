@@ -7,10 +7,10 @@ use proxy_ebpf::packet::Parsed;
 use proxy_ebpf::{balance, conntrack};
 
 use crate::ctx::{Skb, copy, copy_flow, copy_mac, forget, write_key};
+use crate::flow;
 use crate::frontend::{self, choose, random, serves};
 use crate::maps::{DEVICE, FLOW_BRIEF, FLOW_LIVE, LOCAL_POD};
 use crate::route::{self, found};
-use crate::{flow, policy};
 
 /// What inserting with BPF_NOEXIST says about a key that is there.
 const EEXIST: i32 = -17;
@@ -39,6 +39,10 @@ impl Meta {
     pub(crate) const MASQUERADE: u32 = 1 << 27;
     /// It comes from a socket of this node.
     pub(crate) const FROM_NODE: u32 = 1 << 28;
+    /// Work out the flow, but leave it in `work` only: policy is asked next.
+    pub(crate) const PROPOSE: u32 = 1 << 29;
+    /// The flow is in `work`, and policy allows it.
+    pub(crate) const SETTLE: u32 = 1 << 30;
 
     #[inline(always)]
     pub(crate) fn new(parsed: &Parsed, flags: u32) -> Self {
@@ -164,21 +168,12 @@ pub(crate) fn reason(work: *const Work) -> u32 {
     unsafe { core::ptr::read_volatile(&raw const (*work).reason) }
 }
 
-/// Chooses a backend for the flow in `work`, and with it the path. 0: none, with the reason in `work`.
+/// Chooses a backend for the flow in `work`. 0: none, with the reason in `work`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn service_backend(
-    skb: *mut __sk_buff,
-    work: *mut Work,
-    frontend: *const FrontendEntry,
-    device: *const DeviceEntry,
-    meta: u32,
-) -> u32 {
-    // SAFETY: this CPU's entry of the map `work`, and pointers into maps that were just found.
-    let (Some(work), Some(frontend), Some(device)) = (unsafe { (work.as_mut(), frontend.as_ref(), device.as_ref()) })
-    else {
-        return 0;
-    };
+extern "C" fn service_backend(work: *mut Work, frontend: *const FrontendEntry) -> u32 {
+    // SAFETY: this CPU's entry of the map `work`, and a pointer into a map that was just found.
+    let (Some(work), Some(frontend)) = (unsafe { (work.as_mut(), frontend.as_ref()) }) else { return 0 };
     match choose(frontend, &work.entry.original.src) {
         Ok((id, backend)) => {
             let entry = &mut work.entry;
@@ -188,7 +183,7 @@ extern "C" fn service_backend(
             entry.translated.dst_port = backend.port;
             copy(&mut entry.translated.src, &entry.original.src);
             entry.translated.src_port = entry.original.src_port;
-            service_path(skb, work, device, meta)
+            1
         }
         Err(why) => {
             work.reason = why as u32;
@@ -209,23 +204,29 @@ pub(crate) extern "C" fn service_open(
     device: *const DeviceEntry,
     meta: u32,
 ) -> u32 {
-    // SAFETY: as in `service_backend`.
+    // SAFETY: this CPU's entry of the map `work`, and pointers into maps that were just found.
     let (Some(work), Some(frontend), Some(device)) = (unsafe { (work.as_mut(), frontend.as_ref(), device.as_ref()) })
     else {
         return 0;
     };
     let meta = Meta(meta);
-    begin(&mut work.entry, meta, device, Skb(skb).ifindex());
-    work.entry.service = frontend.service;
-    let mut found = 0;
+    if !meta.is(Meta::SETTLE) {
+        begin(&mut work.entry, meta, device, Skb(skb).ifindex());
+        work.entry.service = frontend.service;
+    }
+    let mut found = forget(u32::from(meta.is(Meta::SETTLE)));
     for attempt in 0..balance::BACKEND_TRIES + balance::PORT_TRIES {
         if attempt < balance::BACKEND_TRIES {
-            if service_backend(skb, work, frontend, device, meta.0) == 0 {
+            if meta.is(Meta::SETTLE) {
+                // Policy was asked about this backend: on a clash another source port is taken at once.
+                if attempt > 0 {
+                    continue;
+                }
+            } else if service_backend(work, frontend) == 0 || service_path(skb, work, device, meta.0) == 0 {
                 continue;
             }
-            let refused = refused(skb, work, device, meta);
-            if refused != 0 {
-                work.reason = refused;
+            if meta.is(Meta::PROPOSE) {
+                work.reason = 0;
                 return 0;
             }
             found = forget(1);
@@ -250,15 +251,6 @@ pub(crate) extern "C" fn service_open(
         service_finish(work, u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_COMMON), mode);
     }
     0
-}
-
-/// Does policy refuse the new flow in `work` on the side of the pod whose packet this is? 0, or the reason.
-#[inline(always)]
-fn refused(skb: *mut __sk_buff, work: &mut Work, device: &DeviceEntry, meta: Meta) -> u32 {
-    if device.slot == 0 {
-        return 0;
-    }
-    forget(policy::policy_new(skb, work, device, u32::from(meta.is(Meta::FROM_POD)), u32::from(meta.proto().0)))
 }
 
 /// Puts the flow in `work` under the key of its original tuple, too.
@@ -303,7 +295,7 @@ extern "C" fn service_finish(work: *mut Work, proto_family: u32, side: u32, mode
 extern "C" fn service_path(skb: *mut __sk_buff, work: *mut Work, device: *const DeviceEntry, meta: u32) -> u32 {
     const PATH: u16 =
         FlowEntry::REDIRECT | FlowEntry::SWITCH | FlowEntry::HAIRPIN | FlowEntry::ROUTED | FlowEntry::MASQUERADED;
-    // SAFETY: as in `service_backend`.
+    // SAFETY: as in `service_open`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
     work.entry.flags &= !PATH;
@@ -397,12 +389,14 @@ pub(crate) extern "C" fn service_open_direct(
     device: *const DeviceEntry,
     meta: u32,
 ) -> u32 {
-    // SAFETY: as in `service_backend`.
+    // SAFETY: as in `service_open`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
-    begin(&mut work.entry, meta, device, Skb(skb).ifindex());
-    work.reason = refused(skb, work, device, meta);
-    if work.reason != 0 {
+    if !meta.is(Meta::SETTLE) {
+        begin(&mut work.entry, meta, device, Skb(skb).ifindex());
+        work.reason = 0;
+    }
+    if meta.is(Meta::PROPOSE) {
         return 0;
     }
     write_key(&mut work.key, &work.entry.original, meta.proto_family(), FlowKey::SIDE_COMMON);
@@ -427,12 +421,14 @@ pub(crate) extern "C" fn service_open_beside(
     device: *const DeviceEntry,
     meta: u32,
 ) -> u32 {
-    // SAFETY: as in `service_backend`.
+    // SAFETY: as in `service_open`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
     let meta = Meta(meta);
-    begin(&mut work.entry, meta, device, Skb(skb).ifindex());
-    work.reason = refused(skb, work, device, meta);
-    if work.reason != 0 {
+    if !meta.is(Meta::SETTLE) {
+        begin(&mut work.entry, meta, device, Skb(skb).ifindex());
+        work.reason = 0;
+    }
+    if meta.is(Meta::PROPOSE) {
         return 0;
     }
     for attempt in 0..balance::PORT_TRIES {

@@ -81,7 +81,7 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
     skb.pull(HEADERS);
     let mut parsed = match packet::parse::<F, Skb>(&skb) {
         Ok(parsed) => parsed,
-        Err(Reason::OtherProtocol) if slot != 0 => return judged(other::packet::<F>(skb, device, hook)),
+        Err(Reason::OtherProtocol) if slot != 0 => return judged(other::packet::<F>(skb, device, hook, slot)),
         Err(_) if slot != 0 => return Outcome::drop(Reason::FrameUnparsed),
         Err(reason) => return Outcome::pass(reason),
     };
@@ -96,8 +96,8 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
     }
     if parsed.proto == F::ICMP {
         let (verdict, reason) = icmp::error::<F>(skb, hook, u32::from(parsed.l4), device, slot);
-        if slot != 0 && reason == Reason::OtherProtocol as u32 {
-            return judged(other::packet::<F>(skb, device, hook));
+        if slot != 0 && forget(reason) == Reason::OtherProtocol as u32 {
+            return judged(other::packet::<F>(skb, device, hook, slot));
         }
         return Outcome::numbered(verdict, reason);
     }
@@ -429,6 +429,8 @@ fn open(
     let meta = Meta::new(parsed, meta | origin);
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     copy(unsafe { &mut (*work).entry.original }, &parsed.tuple);
+    // SAFETY: a pointer into a map that was found for this packet.
+    let policed = !netdev(hook) && unsafe { (*device).slot } != 0;
     if how == step::OPEN_SERVICE {
         let Some(frontend) = frontend else {
             return (step::DROP, Reason::NoBackend as u32);
@@ -439,12 +441,32 @@ fn open(
             }
             return (step::DROP, Reason::NoFlow as u32);
         }
-        service::service_open(skb.0, work, frontend, device, meta.0);
+        let mut phase = 0;
+        if policed {
+            service::service_open(skb.0, work, frontend, device, meta.0 | Meta::PROPOSE);
+            let mut refused = service::reason(work);
+            if refused == 0 {
+                refused = policy::open(skb, work, device, hook, parsed.proto);
+            }
+            if refused != 0 {
+                return (step::DROP, refused);
+            }
+            phase = Meta::SETTLE;
+        }
+        service::service_open(skb.0, work, frontend, device, meta.0 | forget(phase));
     } else if how == step::OPEN_BESIDE {
-        service::service_open_beside(skb.0, work, device, meta.0);
+        let mut phase = 0;
+        if policed {
+            service::service_open_beside(skb.0, work, device, meta.0 | Meta::PROPOSE);
+            let refused = policy::open(skb, work, device, hook, parsed.proto);
+            if refused != 0 {
+                return (step::DROP, refused);
+            }
+            phase = Meta::SETTLE;
+        }
+        service::service_open_beside(skb.0, work, device, meta.0 | forget(phase));
     } else {
-        service::service_open_direct(skb.0, work, device, meta.0);
-        let reason = service::reason(work);
+        let reason = open_direct(skb, work, device, hook, meta);
         return (if reason >= u32::from(Reason::FIRST_DROP) { step::DROP } else { step::PASS }, reason);
     }
     let reason = service::reason(work);
@@ -463,6 +485,23 @@ fn open(
         }
     }
     (step::WRITE, reason)
+}
+
+/// Makes the direct flow whose tuple is in `work`, where policy allows it; the reason.
+#[inline(always)]
+pub(crate) fn open_direct(skb: Skb, work: *mut Work, device: *const DeviceEntry, hook: Hook, meta: Meta) -> u32 {
+    let mut phase = 0;
+    // SAFETY: a pointer into a map that was found for this packet.
+    if !netdev(hook) && unsafe { (*device).slot } != 0 {
+        service::service_open_direct(skb.0, work, device, meta.0 | Meta::PROPOSE);
+        let refused = policy::open(skb, work, device, hook, Proto(meta.0 as u8));
+        if refused != 0 {
+            return refused;
+        }
+        phase = Meta::SETTLE;
+    }
+    service::service_open_direct(skb.0, work, device, meta.0 | forget(phase));
+    service::reason(work)
 }
 
 /// From the initiator's tuple to the responder's.
@@ -568,7 +607,7 @@ extern "C" fn tc_way_out(
     redirect: u32,
     proto: u32,
 ) -> u32 {
-    // SAFETY: as in `service_path`.
+    // SAFETY: as in `service_open`.
     let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return found::NONE };
     if redirect == 0 {
         return route::look_up(skb, work, true, service::incoming(skb, device), proto);
