@@ -250,13 +250,13 @@ impl Lookup for Held<'_> {
         self.0.sets.get(&set)
     }
 
-    fn ip(&self, ip: IpBytes) -> Option<CellWord> {
-        self.0.ips.get(&ip).copied()
+    fn ip(&self, ip: &IpBytes) -> Option<CellWord> {
+        self.0.ips.get(ip).copied()
     }
 
-    fn prefix(&self, ip: IpBytes) -> Option<CellWord> {
-        let own = self.0.prefixes.get(&prefix_of(ip)).copied();
-        own.or_else(|| self.0.enclosing(IpAddr::from(ip).into()))
+    fn prefix(&self, ip: &IpBytes) -> Option<CellWord> {
+        let own = self.0.prefixes.get(&prefix_of(*ip)).copied();
+        own.or_else(|| self.0.enclosing(IpAddr::from(*ip).into()))
     }
 
     fn page(&self, index: u32) -> Option<&PortPage> {
