@@ -165,7 +165,7 @@ fn cluster(bench: &Bench, seed: u64, reached: &mut Reached) -> Result<()> {
             place(bench, pod, subject.slot)?;
             for side in dice.sides(pod, 5, 2) {
                 // By the port that it comes from a flow is the node's, the peer's or the pod's own.
-                let client = if side.from_node { 444 } else { 443 };
+                let client = if side.from_node { 40_002 } else { 40_001 };
                 let client = if side.ingress { client } else { 40_000 };
                 let Some(frame) = packet(pod, &side, client) else { continue };
                 let (hook, ingress) = match (side.ingress, side.from_node) {
