@@ -253,11 +253,11 @@ impl Agent {
                     let fields: Vec<&str> = findings.iter().map(|finding| finding.field.as_str()).collect();
                     shown.push(format!("findings {object} {fields:?}"));
                 }
-                Event::Listed(Source::EndpointSlices, Listing::Objects(names)) => assert!(names.is_empty()),
+                Event::Listed(Source::EndpointSlices, Listing::Objects(names))
+                | Event::NetworkPolicyListed(PolicyListing::Policies(names)) => assert!(names.is_empty()),
                 Event::Node(node) => assert_eq!(&*node.name, "n1"),
                 Event::Listed(Source::Node, Listing::Node) => {}
                 Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(names)) => assert!(names.is_empty()),
-                Event::NetworkPolicyListed(PolicyListing::Policies(names)) => assert!(names.is_empty()),
                 other => panic!("unexpected {other:?}"),
             }
         }

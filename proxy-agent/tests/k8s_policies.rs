@@ -228,7 +228,7 @@ fn show(event: &Event) -> Option<String> {
     })
 }
 
-fn policy(name: &str, spec: Value) -> Value {
+fn policy(name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
         "metadata": {"name": name, "namespace": "shop", "resourceVersion": "7"}, "spec": spec,
@@ -248,7 +248,7 @@ fn namespace(name: &str) -> Value {
 }
 
 fn deny() -> Value {
-    policy("deny", json!({"policyTypes": ["Ingress"]}))
+    policy("deny", &json!({"policyTypes": ["Ingress"]}))
 }
 
 #[tokio::test]
@@ -340,7 +340,7 @@ async fn a_missing_right_is_told_and_is_no_empty_list() {
 
 #[tokio::test]
 async fn a_policy_that_cannot_be_read_isolates_or_stays() {
-    let wrong = |name: &str| policy(name, json!({"policyTypes": "Ingress"}));
+    let wrong = |name: &str| policy(name, &json!({"policyTypes": "Ingress"}));
     let server = Server::start(&[("networkpolicies", wrong("bad")), ("networkpolicies", deny())]).await;
     let mut agent = of_server(&server).await;
     let isolates = "mend the object; until then it isolates every pod of its namespace";
@@ -368,7 +368,7 @@ async fn a_policy_that_cannot_be_read_isolates_or_stays() {
     server.tell("networkpolicies", "MODIFIED", &wrong("deny"));
     let ill = agent.next().await;
     assert!(ill.ends_with("mend the object; its last good version stays in effect"), "{ill}");
-    server.tell("networkpolicies", "MODIFIED", &policy("bad", json!({"policyTypes": ["Egress"]})));
+    server.tell("networkpolicies", "MODIFIED", &policy("bad", &json!({"policyTypes": ["Egress"]})));
     agent.expect(&["policy shop/bad Egress", "well NetworkPolicy shop/bad"]).await;
     server.tell("networkpolicies", "DELETED", &wrong("deny"));
     agent.expect(&["well NetworkPolicy shop/deny", "gone policy shop/deny"]).await;
@@ -429,7 +429,7 @@ async fn a_folder_that_has_all_at_once() {
 async fn a_policy_of_a_folder_that_cannot_be_read_isolates_or_stays() {
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path();
-    let wrong = |name: &str| policy(name, json!({"policyTypes": "Ingress"}));
+    let wrong = |name: &str| policy(name, &json!({"policyTypes": "Ingress"}));
     write(at, "bad.json", &[wrong("bad")]);
     write(at, "deny.json", &[deny()]);
     let mut agent = of_folder(at).await;
@@ -451,7 +451,7 @@ async fn a_policy_of_a_folder_that_cannot_be_read_isolates_or_stays() {
     write(at, "deny.json", &[wrong("deny")]);
     let ill = agent.next().await;
     assert!(ill.starts_with("ill deny.json:1 NetworkPolicy shop/deny spec.policyTypes: "), "{ill}");
-    write(at, "bad.json", &[policy("bad", json!({"policyTypes": ["Egress"]}))]);
+    write(at, "bad.json", &[policy("bad", &json!({"policyTypes": ["Egress"]}))]);
     agent.expect(&["policy shop/bad Egress", "well NetworkPolicy shop/bad"]).await;
     fs::remove_file(at.join("deny.json")).unwrap();
     agent.expect(&["gone policy shop/deny", "well NetworkPolicy shop/deny"]).await;

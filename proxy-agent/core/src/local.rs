@@ -55,7 +55,9 @@ impl LocalPods {
             }
             Event::NetworkPolicyListed(PolicyListing::Pods(names)) => {
                 let gone: Vec<_> = self.pods.keys().filter(|name| !names.contains(*name)).cloned().collect();
-                gone.iter().for_each(|name| self.forget(name));
+                for name in gone {
+                    self.forget(&name);
+                }
                 Vec::new()
             }
             Event::Link(link) => self.set_link(link),

@@ -60,7 +60,9 @@ impl Policies {
     pub(super) fn handle(&mut self, event: &Event) -> bool {
         let changes = self.local.handle(event);
         let mut concerns = !changes.is_empty();
-        changes.into_iter().for_each(|change| self.reconciler.handle(change));
+        for change in changes {
+            self.reconciler.handle(change);
+        }
         if let Event::NetworkPolicyListed(listing) = event {
             self.reconciler.listed(listing.clone());
             concerns = true;

@@ -55,6 +55,9 @@ struct End {
     is_node: bool,
 }
 
+/// What is behind a destination: the Service that it is of, and where its packets go.
+type Behind = (Option<String>, Vec<(End, Target)>);
+
 /// What one pod has to say.
 #[derive(Clone, Debug)]
 struct Say {
@@ -154,7 +157,7 @@ fn end(maps: &Maps, pod: Option<&PodInfo>, ip: IpAddr) -> Result<End> {
 }
 
 /// Policy is asked after translation: what is behind an address of a Service, with its name.
-fn translated(pin_root: &Path, maps: &Maps, end: &End, target: Target) -> Result<(Option<String>, Vec<(End, Target)>)> {
+fn translated(pin_root: &Path, maps: &Maps, end: &End, target: Target) -> Result<Behind> {
     let itself = (None, vec![(end.clone(), target)]);
     let Some(port) = target.port else { return Ok(itself) };
     let key = FrontendKey {

@@ -14,6 +14,8 @@ use proxy_core::netpol::spec::{Change, Labels, Pod};
 use crate::cluster::{self, ip, link};
 use crate::node::TestNode;
 
+const HELD: u16 = DeviceEntry::HELD;
+
 fn pod(name: &str, node: &str, ips: &[&str]) -> Pod {
     Pod {
         name: ObjectName::new("shop", name),
@@ -108,7 +110,6 @@ fn interfaces_name_the_slots_of_their_pods() {
         let slots = slots.iter().map(|(pod, slot)| (Arc::from(format!("u-{pod}")), *slot)).collect();
         Event::Enforcement(Enforcement::On(slots))
     };
-    const HELD: u16 = DeviceEntry::HELD;
     assert_eq!(slots(&node), [(5, 0), (6, 0), (7, 0)].into());
     // One row for the interface and one for each address.
     assert_eq!(node.change([on(&[("a", 3)])]), 2 + 2 + 3);

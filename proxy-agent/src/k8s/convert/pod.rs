@@ -61,12 +61,11 @@ fn ips(status: &core_v1::PodStatus, report: &mut Report) -> Vec<std::net::IpAddr
     };
     let mut parsed = Vec::with_capacity(several.len());
     for (field, text) in several.into_iter().filter(|(_, text)| !text.is_empty()) {
-        match parse_ip(text) {
-            Some(ip) => parsed.push(ip),
-            None => {
-                let problem = format!("{text:?} is no IP address, and is left out");
-                report.error(field, problem, "write an IPv4 or IPv6 address");
-            }
+        if let Some(ip) = parse_ip(text) {
+            parsed.push(ip);
+        } else {
+            let problem = format!("{text:?} is no IP address, and is left out");
+            report.error(field, problem, "write an IPv4 or IPv6 address");
         }
     }
     parsed

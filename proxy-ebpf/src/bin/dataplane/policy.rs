@@ -155,7 +155,11 @@ extern "C" fn policy_judge(work: *mut Work, slot: u32, about: u32) -> u32 {
     match judgement.cause {
         Cause::Rule | Cause::Isolated if !egress => Reason::PolicyIngress as u32,
         Cause::Rule | Cause::Isolated => {
-            if NODE_OPEN.load() != 0 && policy_is_node(work) != 0 { 0 } else { Reason::PolicyEgress as u32 }
+            if NODE_OPEN.load() != 0 && policy_is_node(work) != 0 {
+                0
+            } else {
+                Reason::PolicyEgress as u32
+            }
         }
         _ if slot == u32::from(DeviceEntry::HELD) => Reason::PolicyHeld as u32,
         _ => Reason::PolicyUnready as u32,
