@@ -17,6 +17,8 @@ use crate::kubeproxy::reload::Reload;
 use crate::kubeproxy::value::{ExternalIps, LogFormat};
 use crate::kubeproxy::{Flags, Settings};
 use crate::node::classify::NamePattern;
+use crate::node::cni;
+use crate::view::explain::{Target, explain};
 use crate::view::flow::{self, FlowFilter};
 use crate::view::{self, Format};
 use crate::{app, check};
@@ -45,6 +47,13 @@ enum Command {
     Flow(FlowArgs),
     /// Pod interfaces.
     Device(ListArgs),
+    /// NetworkPolicies.
+    Policy(ListArgs),
+    /// Pods of this node, with the policy that is in force for them.
+    Endpoint(ListArgs),
+    /// Tell whether a pod may reach another one, and which rule of which NetworkPolicy says so, from the maps as they are.
+    /// The exit code is 0 when it may and 2 when it may not.
+    Explain(ExplainArgs),
     /// Detach everything and remove every pin. Connections through Services end. With --kube-proxy: remove what
     /// kube-proxy left, and nothing of this agent.
     Cleanup(CleanupArgs),
@@ -76,6 +85,21 @@ struct ListArgs {
 enum ListVerb {
     /// Show all of them, from the pinned maps: works while the agent is down.
     List(ViewArgs),
+}
+
+#[derive(Debug, Args)]
+struct ExplainArgs {
+    /// Who begins: a pod (NAMESPACE/NAME), an address, or `node` for the node itself.
+    #[arg(value_name = "POD|IP|node")]
+    from: String,
+    /// Who is to be reached: a pod, an address, or one of a Service.
+    #[arg(value_name = "POD|IP")]
+    to: String,
+    /// Destination port and protocol: `80/tcp`, `53/udp`, or `icmp`.
+    #[arg(value_name = "PORT/PROTOCOL")]
+    target: Target,
+    #[command(flatten)]
+    view: ViewArgs,
 }
 
 #[derive(Debug, Args)]
@@ -204,6 +228,14 @@ struct RunArgs {
     /// Only bridges of these names (`*` and `?` allowed) carry pods; by default every bridge with an address does.
     #[arg(long)]
     pod_bridge: Vec<NamePattern>,
+    /// Where libcni keeps its records of which interface is which pod's. Where there are NetworkPolicies, nothing reaches a
+    /// pod without one.
+    #[arg(long, env = "PROXY_AGENT_CNI_RESULTS", default_value = cni::RESULTS)]
+    cni_results: PathBuf,
+    /// Let pods reach their own node whatever their NetworkPolicies say. By default a policy decides about the node as about
+    /// any other address.
+    #[arg(long)]
+    allow_pods_to_node: bool,
     /// What becomes of externalIPs of Services: all, none, or only those in these ranges.
     #[arg(long, value_name = "all|none|CIDR[,CIDR]")]
     external_ips: Option<ExternalIps>,
@@ -259,6 +291,11 @@ impl Cli {
                 flow::flush(&view.pins.pin_root, view.output, &filter, all).map(|()| ExitCode::SUCCESS)
             }
             Command::Device(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::devices),
+            Command::Policy(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::policies),
+            Command::Endpoint(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::endpoints),
+            Command::Explain(ExplainArgs { from, to, target, view }) => {
+                explain(&view.pins.pin_root, view.output, &from, &to, target)
+            }
             Command::Cleanup(CleanupArgs { kube_proxy: true, dry_run, force, healthz, pins: _, keep_flows: _ }) => {
                 view::lines(&Cleanup { healthz, force, dry_run }.run()?, "nothing of kube-proxy is here");
                 Ok(ExitCode::SUCCESS)
@@ -292,6 +329,8 @@ fn run(args: RunArgs) -> Result<()> {
         conntrack_settings,
         cgroup,
         pod_bridge,
+        cni_results,
+        allow_pods_to_node,
         external_ips,
         flow_live_entries,
         flow_brief_entries,
@@ -329,9 +368,10 @@ fn run(args: RunArgs) -> Result<()> {
             flow_brief: flow_brief_entries.unwrap_or(sized.brief),
             // A flow through a Service has two entries.
             pod_quota: pod_flow_quota.unwrap_or(flow_live / 4),
-            node_open: false,
+            node_open: allow_pods_to_node,
         },
         pod_bridges: pod_bridge,
+        cni_results,
         conntrack_settings,
         reload: file.map(|file| Reload::new(file, flags, external_ips, settings.clone())),
         settings,

@@ -6,10 +6,11 @@
 //!   node (netlink) ─────────────┘      (proxy-core, pure)  └─▶ serve: health, metrics, Events
 //!
 //!   cli ─▶ kubeproxy: its configuration and flags, its leavings
-//!   cli ─▶ view: tables for people and programs, from the pinned maps alone
+//!   cli ─▶ view: tables for people and programs, from the pinned maps; names of policies and pods by ask, from the agent
 //! ```
 
 pub mod app;
+pub mod ask;
 pub mod check;
 pub mod cli;
 pub mod dataplane;

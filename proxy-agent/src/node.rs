@@ -5,6 +5,7 @@
 //!   notifications of other namespaces, if permitted ───┤                  │  by namespace id (IFA_TARGET_NETNSID): no
 //!   every `sweep`: everything ─────────────────────────┼─▶ view ◀─────────┘  setns, no /proc, CAP_NET_ADMIN only
 //!   new pod interface: 1, 2, 5, 10 ... ms ─────────────┘    │
+//!   cni: the CNI's records ───────────── known ◀────────────┤ which pod's
 //!                                      classify ◀───────────┤ which veth is a pod's
 //!                                      binding  ◀───────────┤ which of the addresses that it shows are its own
 //!                                      path     ◀───────────┘ who else has programs there
@@ -16,12 +17,15 @@
 //! its channel is full it waits; notifications that are lost meanwhile lead to a new full listing, and an
 //! [`Event::Listed`] after it.
 //!
+//! Which pod a veth belongs to is said by the CNI's record alone, and once said it holds as long as the veth lives.
+//!
 //! Deliberately absent: nothing here enters a namespace, reads `/sys/class/net`, learns from traffic, or changes a
 //! setting.
 
 pub mod binding;
 pub mod check;
 pub mod classify;
+pub mod cni;
 pub mod conntrack;
 pub mod netlink;
 pub mod path;
@@ -45,6 +49,7 @@ use tokio::time::Instant;
 
 use binding::{Bindings, Claim, Previous, Time, Trusted};
 use classify::{NamePattern, PodNetwork, Role};
+use cni::{Attachment, Records};
 use netlink::{Hints, NetlinkError, Notifications, Requests, Scope};
 use path::ForeignTcx;
 use report::Report;
@@ -69,8 +74,8 @@ pub struct Config {
 pub struct Inputs {
     /// This node; its default as long as it is not known.
     pub node: watch::Receiver<Node>,
-    /// Addresses from the CNI's records, by interface.
-    pub trusted: watch::Receiver<Trusted>,
+    /// What the CNI's records say.
+    pub records: watch::Receiver<Records>,
     /// The address bindings that stand in the pinned maps.
     pub previous: BTreeMap<IpAddr, Previous>,
     /// Tells of tcx programs that are not ours.
@@ -168,8 +173,10 @@ struct Sockets {
 struct Discovery {
     config: Config,
     node: watch::Receiver<Node>,
-    trusted: watch::Receiver<Trusted>,
+    records: watch::Receiver<Records>,
     view: View,
+    /// Veths with a record: their names, and what it said.
+    known: BTreeMap<u32, (Arc<str>, Arc<Attachment>)>,
     bindings: Bindings,
     report: Report,
     events: mpsc::Sender<Event>,
@@ -260,7 +267,7 @@ impl Discovery {
         events: mpsc::Sender<Event>,
         devices: watch::Sender<NodeDevices>,
     ) -> Self {
-        let Inputs { node, trusted, previous, foreign_tcx } = inputs;
+        let Inputs { node, records, previous, foreign_tcx } = inputs;
         let network = PodNetwork { bridges: config.pod_bridges.clone(), cidrs: Vec::new() };
         Self {
             bindings: Bindings::new(config.window, previous),
@@ -268,7 +275,8 @@ impl Discovery {
             report: Report::default(),
             config,
             node,
-            trusted,
+            records,
+            known: BTreeMap::new(),
             events,
             devices,
             start: Instant::now(),
@@ -300,7 +308,7 @@ impl Discovery {
                     Err(hints) => self.view.follow_peers(&hints, self.now()),
                 },
                 () = changed(&mut self.node) => self.take_inputs(),
-                () = changed(&mut self.trusted) => {}
+                () = changed(&mut self.records) => {}
                 () = tokio::time::sleep_until(self.start + wake) => {}
             }
             if self.now() >= self.sweep {
@@ -366,8 +374,25 @@ impl Discovery {
         }
         let mut own = self.view.host.own_addresses();
         own.extend(&self.node.borrow().addresses);
-        self.bindings.update(now, &own, &self.trusted.borrow(), &claims);
+        self.identify(&ranges);
+        // A CNI without IPAM gives no address: what the interface shows counts then, as where there is no record.
+        let named = self.known.iter().filter(|(_, (_, attachment))| !attachment.addresses.is_empty());
+        let trusted: Trusted = named.map(|(index, (_, known))| (*index, known.addresses.clone())).collect();
+        self.bindings.update(now, &own, &trusted, &claims);
         ranges
+    }
+
+    /// Finds the record of each pod interface that has none yet, and forgets interfaces that are gone.
+    fn identify(&mut self, pods: &BTreeMap<u32, Vec<IpNet>>) {
+        let links = &self.view.host.links;
+        self.known.retain(|index, (name, _)| links.get(index).is_some_and(|link| link.name == *name));
+        let records = self.records.borrow_and_update();
+        for index in pods.keys().filter(|index| !self.known.contains_key(*index)).copied().collect::<Vec<_>>() {
+            let Some(link) = links.get(&index) else { continue };
+            if let Some(attachment) = records.of(&link.name, link.mac) {
+                self.known.insert(index, (Arc::clone(&link.name), Arc::clone(attachment)));
+            }
+        }
     }
 
     fn pod_links(&self, pods: &BTreeMap<u32, Vec<IpNet>>) -> BTreeMap<u32, PodLink> {
@@ -389,6 +414,7 @@ impl Discovery {
                 gateways,
                 path: path::path(link, bridge, peer.foreign),
                 mtu: link.mtu,
+                pod: self.known.get(index).map(|(_, attachment)| Arc::clone(&attachment.uid)),
             };
             Some((*index, pod_link))
         };

@@ -13,9 +13,12 @@ use serde_json::{Map as Object, Value, json};
 use crate::dataplane::pins::{Maps, Pins};
 use crate::node::check::{Finding, Level};
 
+pub mod explain;
 pub mod flow;
+mod policy;
 mod status;
 
+pub use policy::{endpoints, policies};
 pub use status::status;
 
 /// How to show something.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use proxy_agent::k8s::{self, SourceConfig, SourceError, SourceHandle};
 use proxy_core::event::{Event, Listing, Node, Source};
 use proxy_core::name::ObjectName;
+use proxy_core::netpol::reconcile::PolicyListing;
 use tempfile::TempDir;
 use tokio::sync::mpsc::{Receiver, channel};
 use tokio::time::timeout;
@@ -128,11 +129,12 @@ fn show(event: &Event) -> String {
     }
 }
 
-const EMPTY: [&str; 5] = [
+const EMPTY: [&str; 6] = [
     "node n1 []",
     "listed Services []",
     "listed EndpointSlices []",
     "Listed(ServiceCidrs, ServiceCidrs({}))",
+    "NetworkPolicyListed(Policies({}))",
     "Listed(Node, Node)",
 ];
 
@@ -179,6 +181,7 @@ async fn first_listing_in_full() {
             "listed Services [\"a\", \"b\", \"c\", \"d\", \"e\"]",
             "listed EndpointSlices [\"a-1\"]",
             "Listed(ServiceCidrs, ServiceCidrs({\"kubernetes\"}))",
+            "NetworkPolicyListed(Policies({}))",
             "Listed(Node, Node)",
         ]
     );
@@ -363,7 +366,7 @@ async fn findings_name_file_object_and_field() {
         ),
         (
             "a.json",
-            "{\"kind\": \"Pod\", \"apiVersion\": \"v1\"}\n{\"kind\": 1,",
+            "{\"kind\": \"Secret\", \"apiVersion\": \"v1\"}\n{\"kind\": 1,",
             &[
                 "ill a.json: a.json:2: document 2 is broken: EOF while parsing a value at line 2 column 11; mend the JSON; what \
                it held before stays",
@@ -501,6 +504,7 @@ async fn ten_thousand_objects() {
             }
             Event::Node(node) => assert_eq!(node, Node { name: "n1".into(), ..Node::default() }),
             Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(names)) => assert_eq!(names.len(), 0),
+            Event::NetworkPolicyListed(PolicyListing::Policies(names)) => assert_eq!(names.len(), 0),
             Event::Listed(Source::Node, Listing::Node) => break,
             other => panic!("unexpected {other:?}"),
         }

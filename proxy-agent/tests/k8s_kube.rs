@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use proxy_agent::k8s::{self, KubeConfig, SourceConfig, SourceError, SourceHandle, Timing, Trouble};
 use proxy_core::event::{Event, Listing, Source};
+use proxy_core::netpol::reconcile::PolicyListing;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -252,7 +253,8 @@ impl Agent {
                     let fields: Vec<&str> = findings.iter().map(|finding| finding.field.as_str()).collect();
                     shown.push(format!("findings {object} {fields:?}"));
                 }
-                Event::Listed(Source::EndpointSlices, Listing::Objects(names)) => assert!(names.is_empty()),
+                Event::Listed(Source::EndpointSlices, Listing::Objects(names))
+                | Event::NetworkPolicyListed(PolicyListing::Policies(names)) => assert!(names.is_empty()),
                 Event::Node(node) => assert_eq!(&*node.name, "n1"),
                 Event::Listed(Source::Node, Listing::Node) => {}
                 Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(names)) => assert!(names.is_empty()),

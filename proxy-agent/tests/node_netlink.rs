@@ -1,6 +1,7 @@
 //! Discovery in real network namespaces. Needs root; makes namespaces of its own, and removes them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::net::IpAddr;
 use std::process::Command;
@@ -9,11 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
-use proxy_agent::node::binding::{Previous, Trusted};
+use proxy_agent::node::binding::Previous;
 use proxy_agent::node::classify::Role;
+use proxy_agent::node::cni::{Attachment, HostInterface, Records};
 use proxy_agent::node::{Config, Handle, Inputs, NodeDevices, spawn};
 use proxy_core::diagnostic::Diagnostic;
 use proxy_core::event::{Event, LinkPath, Listing, NetDevice, Node, PodLink, Source};
+use proxy_core::name::ObjectName;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout_at};
@@ -119,7 +122,7 @@ struct Agent {
     handle: Handle,
     node: watch::Sender<Node>,
     foreign: Arc<AtomicBool>,
-    _trusted: watch::Sender<Trusted>,
+    records: watch::Sender<Records>,
     links: BTreeMap<u32, PodLink>,
     devices: BTreeMap<u32, NetDevice>,
     /// Sets that have been told as complete.
@@ -133,13 +136,13 @@ impl Agent {
     fn start(host: &Host, setup: Setup) -> Self {
         let Setup { config, node, previous, capacity } = setup;
         let (node, node_input) = watch::channel(node);
-        let (trusted, trusted_input) = watch::channel(Trusted::new());
+        let (records, records_input) = watch::channel(Records::default());
         let (sender, events) = mpsc::channel(capacity);
         let foreign = Arc::new(AtomicBool::new(false));
         let present = Arc::clone(&foreign);
         let inputs = Inputs {
             node: node_input,
-            trusted: trusted_input,
+            records: records_input,
             previous,
             foreign_tcx: Box::new(move |_: u32| present.load(Ordering::Relaxed)),
         };
@@ -154,7 +157,7 @@ impl Agent {
             handle: std::thread::spawn(in_namespace).join().unwrap(),
             node,
             foreign,
-            _trusted: trusted,
+            records,
             links: BTreeMap::new(),
             devices: BTreeMap::new(),
             listed: Vec::new(),
@@ -229,6 +232,17 @@ impl Agent {
         let findings = self.findings.get(&format!("Link {name}"));
         findings.into_iter().flatten().map(|finding| finding.problem.clone()).collect()
     }
+}
+
+/// A record of an interface, under a file name of its own.
+fn record(veth: &str, uid: &str, addresses: &[&str]) -> (Arc<OsStr>, Arc<Attachment>) {
+    let attachment = Attachment {
+        pod: ObjectName::new("default", uid),
+        uid: uid.into(),
+        host: vec![HostInterface { name: "cni0".into(), mac: None }, HostInterface { name: veth.into(), mac: None }],
+        addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+    };
+    (OsStr::new(uid).into(), Arc::new(attachment))
 }
 
 fn node_with_cidrs(cidrs: &[&str]) -> Node {
@@ -554,4 +568,43 @@ fn programs_of_somebody_else_are_respected() {
     agent.until("tcx programs", |agent| paths(agent) == [LinkPath::Switch; 3]);
     agent.foreign.store(false, Ordering::Relaxed);
     agent.until("none", |agent| paths(agent) == [LinkPath::Redirect, LinkPath::Redirect, LinkPath::Switch]);
+}
+
+#[test]
+fn records_say_whose_interface_it_is_and_what_is_its_own() {
+    let host = Host::new();
+    let mut agent = Agent::start(&host, Setup::default());
+    agent.until_listed();
+    let pod_of = |agent: &Agent, name: &str| agent.link(name).and_then(|link| link.pod.as_deref().map(str::to_owned));
+    let a = host.pod("veth-a", "cni0", &["10.1.0.10/24"]);
+    agent.until("an interface without a record", |agent| agent.has("veth-a", &["10.1.0.10"]));
+    assert_eq!(pod_of(&agent, "veth-a"), None);
+
+    // The pod has taken another address before its record came: what the record says counts from then on.
+    agent.records.send_modify(|records| records.attachments.extend([record("veth-a", "u-a", &["10.1.0.11"])]));
+    agent.until("the record", |agent| pod_of(agent, "veth-a").as_deref() == Some("u-a") && agent.has("veth-a", &[]));
+    agent.until("why", |agent| agent.problems("veth-a") == ["10.1.0.10 was not given to this pod by the CNI"]);
+    add(&a, &["10.1.0.11/24"]);
+    agent.until("its own address", |agent| agent.has("veth-a", &["10.1.0.11"]));
+
+    // A record that is there first, whose address another pod shows: it goes to nobody else.
+    agent.records.send_modify(|records| records.attachments.extend([record("veth-b", "u-b", &["10.1.0.12"])]));
+    let b = host.pod("veth-b", "cni0", &[]);
+    agent.until("known at once", |agent| pod_of(agent, "veth-b").as_deref() == Some("u-b"));
+    let _c = host.pod("veth-c", "cni0", &["10.1.0.12/24"]);
+    agent.until("the thief", |agent| agent.problems("veth-c") == ["10.1.0.12 was not given to this pod by the CNI"]);
+    add(&b, &["10.1.0.12/24"]);
+    agent.until("the owner", |agent| agent.has("veth-b", &["10.1.0.12"]));
+
+    // What a record has said holds as long as the interface lives, and not for the next one of that name.
+    agent.records.send_replace(Records::default());
+    agent.records.send_modify(|records| records.attachments.extend([record("veth-b", "u-x", &[])]));
+    let _d = host.pod("veth-d", "cni0", &["10.1.0.13/24"]);
+    agent.until("the records were looked at again", |agent| agent.has("veth-d", &["10.1.0.13"]));
+    assert_eq!((pod_of(&agent, "veth-a").as_deref(), pod_of(&agent, "veth-b").as_deref()), (Some("u-a"), Some("u-b")));
+    host.ns.ip("link del veth-a");
+    agent.until("it is gone", |agent| agent.link("veth-a").is_none());
+    let _again = host.pod("veth-a", "cni0", &["10.1.0.14/24"]);
+    agent.until("another one", |agent| agent.has("veth-a", &["10.1.0.14"]));
+    assert_eq!(pod_of(&agent, "veth-a"), None);
 }

@@ -72,6 +72,7 @@ pub struct Agent {
     binary: PathBuf,
     options: AgentOptions,
     pin_root: PathBuf,
+    cni_results: PathBuf,
     log: PathBuf,
     pid_file: PathBuf,
     child: Option<Child>,
@@ -107,6 +108,7 @@ impl Agent {
             node: node.name().to_owned(),
             binary,
             pin_root: node.pin_root(),
+            cni_results: node.cni_results_dir(),
             log: node.state_dir().join("agent.log"),
             pid_file: state.join(format!("{}.pid", node.name())),
             options,
@@ -120,7 +122,8 @@ impl Agent {
         let errors = log.try_clone().context(|| format!("open {}", self.log.display()))?;
         let mut command = self.netns.command(&self.binary.to_string_lossy());
         command.args(["run", "--source", &self.options.source, "--node-name", &self.node, "--pin-root"]);
-        command.arg(&self.pin_root).args(&self.options.args).envs(self.options.env.iter().cloned());
+        command.arg(&self.pin_root).arg("--cni-results").arg(&self.cni_results);
+        command.args(&self.options.args).envs(self.options.env.iter().cloned());
         command.stdin(Stdio::null()).stdout(log).stderr(errors);
         let child = command.spawn().map_err(|source| Error::Spawn { command: command::shown(&command), source })?;
         // nsenter becomes the program, so this is the agent's pid.

@@ -59,6 +59,8 @@ pub struct PodSpec {
     pub host: Option<u16>,
     /// Bridge port isolation.
     pub isolated: bool,
+    /// Labels of its object.
+    pub labels: Vec<(String, String)>,
 }
 
 impl NodeSpec {
@@ -106,13 +108,20 @@ impl NodeSpec {
 impl PodSpec {
     /// A pod of the namespace `default`.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { namespace: "default".to_owned(), name: name.into(), host: None, isolated: false }
+        Self { namespace: "default".to_owned(), name: name.into(), host: None, isolated: false, labels: Vec::new() }
     }
 
     /// Sets the namespace.
     #[must_use]
     pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
         self.namespace = namespace.into();
+        self
+    }
+
+    /// Adds a label.
+    #[must_use]
+    pub fn label(mut self, name: &str, value: &str) -> Self {
+        self.labels.push((name.to_owned(), value.to_owned()));
         self
     }
 

@@ -37,6 +37,7 @@ pub mod netns;
 pub mod node;
 pub mod packet;
 pub mod pod;
+pub mod policy_manifest;
 pub mod rawsock;
 pub mod scenario;
 pub mod traffic;

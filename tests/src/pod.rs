@@ -24,6 +24,7 @@ pub struct Pod {
 struct Live {
     name: String,
     namespace: String,
+    labels: Vec<(String, String)>,
     uid: String,
     container_id: String,
     node: String,
@@ -109,6 +110,7 @@ impl Pod {
         let live = Live {
             name: spec.name.clone(),
             namespace: spec.namespace.clone(),
+            labels: spec.labels.clone(),
             uid,
             container_id,
             node: node.name().to_owned(),
@@ -139,6 +141,11 @@ impl Pod {
     /// Kubernetes namespace.
     pub fn namespace(&self) -> &str {
         &self.live.namespace
+    }
+
+    /// Labels that it was started with.
+    pub fn labels(&self) -> &[(String, String)] {
+        &self.live.labels
     }
 
     /// UID, as in the CNI result and in the Pod object.

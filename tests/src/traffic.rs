@@ -19,7 +19,7 @@ pub mod wire;
 
 pub use cpu::{CpuTime, busy_during};
 pub use flow::{BusyFlows, Flow, FlowReport};
-pub use probe::{Answer, Transport, probe};
+pub use probe::{Answer, Transport, probe, probe_all};
 pub use rate::{BulkReport, Closer, RateReport, connect_rate, connect_steadily, tcp_bulk, tcp_rr, udp_rr};
 pub use steady::{Steady, SteadyOptions, SteadyReport};
 pub use tcp_exchange::{TcpOptions, TcpReport, tcp_exchange, tcp_exchange_with};

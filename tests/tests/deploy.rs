@@ -138,10 +138,12 @@ fn names_in_the_manifests_agree() {
         ("/sys/fs/bpf", ("/sys/fs/bpf", true)),
         ("/host/cgroup", ("/sys/fs/cgroup", false)),
         ("/host/conntrack", ("/proc/sys/net/netfilter", true)),
+        ("/var/lib/cni", ("/var/lib/cni", false)),
     ]);
     assert_eq!(mounted, expected);
     assert_eq!(mounts.len(), volumes.len(), "every volume is mounted");
     assert!(default_of("pin-root").starts_with("/sys/fs/bpf/"), "pins are where the bpf file system is mounted");
+    assert!(default_of("cni-results").starts_with("/var/lib/cni/"), "the CNI's records are where they are mounted");
 
     let rbac = documents("rbac.yaml").expect("rbac.yaml");
     let account = of_kind(&rbac, "ServiceAccount").expect("one");
@@ -176,8 +178,11 @@ fn role_reads_what_is_watched_and_writes_events_alone() {
     let expected = [
         ("", "services", &read[..]),
         ("", "nodes", &read),
+        ("", "pods", &read),
+        ("", "namespaces", &read),
         ("discovery.k8s.io", "endpointslices", &read),
         ("networking.k8s.io", "servicecidrs", &read),
+        ("networking.k8s.io", "networkpolicies", &read),
         ("", "events", &write),
         ("events.k8s.io", "events", &write),
     ];

@@ -1,6 +1,6 @@
 //! Everything that can change the cluster state: a closed list.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -9,6 +9,8 @@ use proxy_abi::MacBytes;
 
 use crate::diagnostic::Diagnostic;
 use crate::name::ObjectName;
+use crate::netpol::reconcile::PolicyListing;
+use crate::netpol::spec::Change;
 use crate::service::{EndpointSlice, Service};
 
 /// A source whose first full list must be complete before anything is deleted.
@@ -70,6 +72,24 @@ pub enum Event {
     /// A source has been listed in full, in the events before this one. What it did not name is gone. Comes again
     /// after each new listing (a relist after 410 Gone, a netlink resync).
     Listed(Source, Listing),
+    /// A NetworkPolicy, Namespace or Pod is as given, or gone. None of them matters to Services.
+    NetworkPolicy(Change),
+    /// NetworkPolicies, Namespaces or Pods have been listed in full, as by `Listed`. Namespaces and Pods are listed when
+    /// there is a NetworkPolicy, or never.
+    NetworkPolicyListed(PolicyListing),
+    /// Whether policies are in force, and for which pods.
+    Enforcement(Enforcement),
+}
+
+/// Whether policies are in force on this node. Comes from the reconciler of policies.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Enforcement {
+    /// There are none: no packet is asked about.
+    #[default]
+    Off,
+    /// There are some, and the maps hold them for these pods: UID → slot. The interface of any other pod, and one whose
+    /// pod is not known, is held.
+    On(BTreeMap<Arc<str>, u16>),
 }
 
 /// What a full listing named: everything of that source that is not in it is gone.
@@ -120,7 +140,7 @@ pub struct NetDevice {
     pub pod_bridge: bool,
 }
 
-/// A host-side veth of a pod, with what may be done on it. Comes from netlink alone.
+/// A host-side veth of a pod, with what may be done on it. Comes from netlink, and whose it is from the CNI's record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodLink {
     /// Interface index in the node's network namespace.
@@ -142,6 +162,8 @@ pub struct PodLink {
     pub path: LinkPath,
     /// MTU of the veth in bytes; 0 = not known.
     pub mtu: u32,
+    /// UID of its pod, by the CNI's record; `None` = not known. Once known it never changes.
+    pub pod: Option<Arc<str>>,
 }
 
 /// Which way packets may take from and to a pod interface.

@@ -19,6 +19,7 @@ pub mod event;
 pub mod facts;
 pub mod fake;
 pub mod ids;
+pub mod local;
 pub mod name;
 pub mod netpol;
 pub mod plan;

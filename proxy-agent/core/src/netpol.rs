@@ -40,4 +40,5 @@ pub mod rules;
 pub mod selector;
 pub mod spec;
 pub mod tables;
+pub mod text;
 pub mod world;

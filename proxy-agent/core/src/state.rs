@@ -5,9 +5,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use proxy_abi::DeviceEntry;
 
 use crate::diagnostic::Diagnostic;
-use crate::event::{Event, Listing, NetDevice, Node, PodLink, Source};
+use crate::event::{Enforcement, Event, Listing, NetDevice, Node, PodLink, Source};
 use crate::name::ObjectName;
 use crate::service::{EndpointSlice, Service};
 
@@ -20,6 +21,7 @@ pub struct ClusterState {
     links: BTreeMap<u32, PodLink>,
     devices: BTreeMap<u32, NetDevice>,
     service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
+    enforcement: Enforcement,
     findings: BTreeMap<String, Vec<Diagnostic>>,
     listed: BTreeSet<Source>,
     unreadable: bool,
@@ -130,6 +132,17 @@ impl ClusterState {
         self.links.values()
     }
 
+    /// The policy slot that a pod interface is to name: 0 without policies, [`DeviceEntry::HELD`] as long as nobody knows
+    /// what its pod may do.
+    pub fn slot(&self, link: &PodLink) -> u16 {
+        match &self.enforcement {
+            Enforcement::Off => 0,
+            Enforcement::On(slots) => {
+                link.pod.as_ref().and_then(|uid| slots.get(uid)).copied().unwrap_or(DeviceEntry::HELD)
+            }
+        }
+    }
+
     /// The interface that holds a pod address: the lowest index of those that have it, which is the oldest.
     pub fn holder(&self, address: IpAddr) -> Option<u32> {
         self.links_at.get(&address).and_then(BTreeSet::first).copied()
@@ -209,6 +222,8 @@ impl ClusterState {
                 self.unreadable = unreadable;
             }
             Event::Listed(source, listing) => self.list(source, &listing, &mut changed),
+            Event::Enforcement(enforcement) => self.set_enforcement(enforcement, &mut changed),
+            Event::NetworkPolicy(_) | Event::NetworkPolicyListed(_) => {}
         }
         changed
     }
@@ -386,6 +401,16 @@ impl ClusterState {
         for range in &ranges {
             self.touch_outside_in(range, changed);
         }
+    }
+
+    fn set_enforcement(&mut self, enforcement: Enforcement, changed: &mut Changed) {
+        if self.enforcement == enforcement {
+            return;
+        }
+        let before: Vec<_> = self.links.values().map(|link| (link.ifindex, self.slot(link))).collect();
+        self.enforcement = enforcement;
+        let differs = |(ifindex, slot): &(u32, u16)| self.links.get(ifindex).map(|link| self.slot(link)) != Some(*slot);
+        changed.links.extend(before.into_iter().filter(differs).map(|(ifindex, _)| ifindex));
     }
 
     /// A pod got or lost this address: its other claimants and the Services at this address may mean another thing.

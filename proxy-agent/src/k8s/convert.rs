@@ -1,7 +1,8 @@
 //! Kubernetes objects as the proxy understands them. Pure: no I/O, the same answer for the API and for a file.
 //!
 //! ```text
-//!   Service, EndpointSlice, Node, ServiceCIDR ──▶ Converted { outcome: the core type, or none of ours; diagnostics }
+//!   Service, EndpointSlice, Node, ServiceCIDR ──┬─▶ Converted { outcome: the core type, or none of ours; diagnostics }
+//!   NetworkPolicy, Pod, Namespace ──────────────┘
 //! ```
 //!
 //! An invalid part is left out and named in a diagnostic (error); a value that is not understood is named too (warning).
@@ -18,14 +19,21 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use proxy_core::diagnostic::Diagnostic;
 use proxy_core::event::Node;
 use proxy_core::name::ObjectName;
+use proxy_core::netpol::spec::{Namespace, Pod, PolicySpec};
 use proxy_core::service::{EndpointSlice, Protocol, Service};
 
 use super::address::{parse_cidr, parse_ip};
 
+mod pod;
+mod policy;
 mod report;
 mod service;
 mod slice;
 
+pub use policy::unreadable_policy;
+
+use pod::{namespace_outcome, pod_outcome};
+use policy::policy_outcome;
 use report::Report;
 use service::service_outcome;
 use slice::slice_outcome;
@@ -140,6 +148,31 @@ pub fn convert_service_cidr(
         }
     }
     Converted { outcome: Some((name.into(), ranges)), diagnostics: report.done() }
+}
+
+/// A NetworkPolicy, as written. `origin` as in [`convert_service`].
+pub fn convert_policy(policy: &networking_v1::NetworkPolicy, origin: Option<&str>) -> Converted<PolicySpec> {
+    let Some(name) = object_name(&policy.metadata) else { return nameless("NetworkPolicy", origin) };
+    let mut report = Report::new(&subject("NetworkPolicy", &name), origin);
+    let outcome = policy_outcome(policy, name, &mut report);
+    Converted { outcome: Some(outcome), diagnostics: report.done() }
+}
+
+/// A Pod, stripped to what policy asks of it. `origin` as in [`convert_service`].
+pub fn convert_pod(pod: &core_v1::Pod, origin: Option<&str>) -> Converted<Pod> {
+    let Some(name) = object_name(&pod.metadata) else { return nameless("Pod", origin) };
+    let mut report = Report::new(&subject("Pod", &name), origin);
+    let outcome = pod_outcome(pod, name, &mut report);
+    Converted { outcome: Some(outcome), diagnostics: report.done() }
+}
+
+/// A Namespace. `origin` as in [`convert_service`]; to one from a file the label with its name is added, which an API
+/// server sets.
+pub fn convert_namespace(namespace: &core_v1::Namespace, origin: Option<&str>) -> Converted<Namespace> {
+    let Some(name) = namespace.metadata.name.as_deref().filter(|name| !name.is_empty()) else {
+        return nameless("Namespace", origin);
+    };
+    Converted { outcome: Some(namespace_outcome(namespace, name, origin.is_some())), diagnostics: Vec::new() }
 }
 
 /// Name of a namespaced object; the namespace is `default` where none is given. `None` without a name.

@@ -4,6 +4,9 @@
 //! document that cannot be read leaves what it said before; a file that is gone takes its objects with it. What cannot be
 //! read when the agent starts has said nothing before: then `Unreadable` comes before the first `Listed`, until all of it
 //! can be read or is gone.
+//!
+//! Pods and Namespaces are told of from when there is a NetworkPolicy. A NetworkPolicy that is named and has never been
+//! readable isolates its namespace: nobody knows what it was going to say.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
@@ -14,7 +17,11 @@ use std::sync::Arc;
 
 use proxy_core::diagnostic::{Diagnostic, Severity};
 use proxy_core::event::{Event, Listing, Node, Source};
+use proxy_core::name::ObjectName;
+use proxy_core::netpol::reconcile::PolicyListing;
+use proxy_core::netpol::spec::Change;
 
+use super::convert::unreadable_policy;
 use super::manifest::{self, Found, Kind, Object, ObjectKey};
 
 /// A folder as last read.
@@ -31,6 +38,8 @@ pub(super) struct Folder {
     /// Folders that the last scan could not read.
     unreadable: BTreeMap<PathBuf, Diagnostic>,
     listed: bool,
+    /// There has been a NetworkPolicy.
+    policies: bool,
     /// Files that could not be read in full when the agent started, and cannot yet; the receiver was told that there are
     /// some. What breaks later has a last good version, or was never in the maps.
     lacking: BTreeSet<PathBuf>,
@@ -94,6 +103,11 @@ pub(super) fn is_manifest(path: &Path) -> bool {
     !is_hidden(path) && extension.is_some_and(|extension| ["yaml", "yml", "json"].contains(&extension))
 }
 
+/// Is it a kind that says nothing of Services?
+const fn of_policies(kind: Kind) -> bool {
+    matches!(kind, Kind::NetworkPolicy) || kind.is_for_policies()
+}
+
 fn is_hidden(path: &Path) -> bool {
     path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."))
 }
@@ -111,6 +125,7 @@ impl Folder {
             reported: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             listed: false,
+            policies: false,
             lacking: BTreeSet::new(),
         }
     }
@@ -155,10 +170,11 @@ impl Folder {
         events
     }
 
-    /// Is there something in a file that has not been read in any version?
+    /// Is there something in a file that has not been read in any version, and may be of Services?
     fn lacks(&self, path: &Path) -> bool {
-        let unread = |file: &FileState| !file.problems.is_empty() || file.entries.iter().any(|entry| !entry.readable);
-        self.files.get(path).is_some_and(unread)
+        let unread = |entry: &Entry| !entry.readable && !of_policies(entry.key.kind);
+        let lacks = |file: &FileState| !file.problems.is_empty() || file.entries.iter().any(unread);
+        self.files.get(path).is_some_and(lacks)
     }
 
     /// Whether the last scan saw everything.
@@ -191,6 +207,7 @@ impl Folder {
         for key in touched {
             self.settle(&key, &mut events);
         }
+        self.begin_policies(&mut events);
         self.report(&mut events);
         if !self.lacking.is_empty() {
             let mut lacking = std::mem::take(&mut self.lacking);
@@ -252,8 +269,27 @@ impl Folder {
         key.kind != Kind::Node || key.name.name == self.node_name
     }
 
+    /// With the first NetworkPolicy, what was of no interest before is told.
+    fn begin_policies(&mut self, events: &mut Vec<Event>) {
+        let is_policy = |key: &ObjectKey| key.kind == Kind::NetworkPolicy;
+        if self.policies || !self.published.iter().any(|(key, known)| is_policy(key) && known.outcome.is_some()) {
+            return;
+        }
+        self.policies = true;
+        let awaited: Vec<_> = self.holders.keys().filter(|key| key.kind.is_for_policies()).cloned().collect();
+        for key in awaited {
+            self.settle(&key, events);
+        }
+        if self.listed {
+            events.extend(self.listing_for_policies());
+        }
+    }
+
     /// Tells the receiver what an object is now, if that is news.
     fn settle(&mut self, key: &ObjectKey, events: &mut Vec<Event>) {
+        if key.kind.is_for_policies() && !self.policies {
+            return;
+        }
         let mut now = Published::default();
         let mut winner: Option<&Path> = None;
         for (path, at) in self.holders.get(key).into_iter().flatten() {
@@ -274,6 +310,10 @@ impl Folder {
                 now.outcome.clone_from(&entry.outcome);
             }
         }
+        let broken = winner.is_none() && self.holders.contains_key(key);
+        if broken && key.kind == Kind::NetworkPolicy {
+            now.outcome = Some(Arc::new(Object::NetworkPolicy(unreadable_policy(key.name.clone()))));
+        }
         let before = self.published.remove(key).unwrap_or_default();
         if before.outcome != now.outcome {
             match now.outcome.as_deref() {
@@ -283,11 +323,21 @@ impl Folder {
                 Some(Object::ServiceCidr(ranges)) => {
                     events.push(Event::ServiceCidr(Arc::clone(&key.name.name), ranges.clone()));
                 }
+                Some(Object::NetworkPolicy(policy)) => {
+                    events.push(Event::NetworkPolicy(Change::Policy(policy.clone())));
+                }
+                Some(Object::Pod(pod)) => events.push(Event::NetworkPolicy(Change::Pod(pod.clone()))),
+                Some(Object::Namespace(namespace)) => {
+                    events.push(Event::NetworkPolicy(Change::Namespace(namespace.clone())));
+                }
                 None => events.push(match key.kind {
                     Kind::Service => Event::ServiceGone(key.name.clone()),
                     Kind::EndpointSlice => Event::SliceGone(key.name.clone()),
                     Kind::Node => Event::Node(self.plain_node()),
                     Kind::ServiceCidr => Event::ServiceCidrGone(Arc::clone(&key.name.name)),
+                    Kind::NetworkPolicy => Event::NetworkPolicy(Change::PolicyGone(key.name.clone())),
+                    Kind::Pod => Event::NetworkPolicy(Change::PodGone(key.name.clone())),
+                    Kind::Namespace => Event::NetworkPolicy(Change::NamespaceGone(Arc::clone(&key.name.name))),
                 }),
             }
         }
@@ -316,11 +366,20 @@ impl Folder {
         self.reported = now;
     }
 
+    /// Names of the objects of a kind that the receiver knows.
+    fn named(&self, kind: Kind) -> impl Iterator<Item = ObjectName> {
+        let known = self.published.iter().filter(move |(key, known)| key.kind == kind && known.outcome.is_some());
+        known.map(|(key, _)| key.name.clone())
+    }
+
+    fn listing_for_policies(&self) -> Vec<Event> {
+        let namespaces = self.named(Kind::Namespace).map(|name| name.name).collect();
+        let pods = self.named(Kind::Pod).collect();
+        [PolicyListing::Namespaces(namespaces), PolicyListing::Pods(pods)].map(Event::NetworkPolicyListed).into()
+    }
+
     fn listing(&self) -> Vec<Event> {
-        let named = |kind| {
-            let known = self.published.iter().filter(move |(key, known)| key.kind == kind && known.outcome.is_some());
-            known.map(|(key, _)| key.name.clone())
-        };
+        let named = |kind| self.named(kind);
         let mut events = Vec::new();
         let node = |(key, known): (&ObjectKey, &Published)| key.kind == Kind::Node && known.outcome.is_some();
         if !self.published.iter().any(node) {
@@ -330,6 +389,11 @@ impl Folder {
         events.push(Event::Listed(Source::Services, Listing::Objects(named(Kind::Service).collect())));
         events.push(Event::Listed(Source::EndpointSlices, Listing::Objects(named(Kind::EndpointSlice).collect())));
         events.push(Event::Listed(Source::ServiceCidrs, Listing::ServiceCidrs(ranges)));
+        let policies = PolicyListing::Policies(named(Kind::NetworkPolicy).collect());
+        events.push(Event::NetworkPolicyListed(policies));
+        if self.policies {
+            events.extend(self.listing_for_policies());
+        }
         events.push(Event::Listed(Source::Node, Listing::Node));
         events
     }

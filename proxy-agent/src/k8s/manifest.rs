@@ -1,8 +1,9 @@
 //! The text of one manifest file as objects: YAML or JSON, several documents, `List` kinds unrolled.
 //!
 //! ```text
-//!   bytes ──▶ documents ──▶ values ──▶ items of lists ──▶ Service, EndpointSlice, Node, ServiceCIDR ──▶ convert
-//!             split at ---   one broken document does not hide the others
+//!   bytes ──▶ documents ──▶ values ──▶ items of lists ──┬─▶ Service, EndpointSlice, Node, ServiceCIDR ──┬─▶ convert
+//!             split at ---                              └─▶ NetworkPolicy, Pod, Namespace ──────────────┘
+//!             one broken document does not hide the others
 //! ```
 
 use std::cell::RefCell;
@@ -14,12 +15,14 @@ use k8s_openapi::api::networking::v1 as networking_v1;
 use proxy_core::diagnostic::{Diagnostic, Severity};
 use proxy_core::event::Node;
 use proxy_core::name::ObjectName;
+use proxy_core::netpol::spec::{Namespace, Pod, PolicySpec};
 use proxy_core::service::{EndpointSlice, Service};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::convert::{
-    Converted, convert_node, convert_service, convert_service_cidr, convert_slice, object_name, subject,
+    Converted, convert_namespace, convert_node, convert_pod, convert_policy, convert_service, convert_service_cidr,
+    convert_slice, object_name, subject,
 };
 
 /// Kinds that are read.
@@ -29,10 +32,21 @@ pub(super) enum Kind {
     EndpointSlice,
     Node,
     ServiceCidr,
+    NetworkPolicy,
+    Pod,
+    Namespace,
 }
 
 impl Kind {
-    const ALL: [Self; 4] = [Self::Service, Self::EndpointSlice, Self::Node, Self::ServiceCidr];
+    const ALL: [Self; 7] = [
+        Self::Service,
+        Self::EndpointSlice,
+        Self::Node,
+        Self::ServiceCidr,
+        Self::NetworkPolicy,
+        Self::Pod,
+        Self::Namespace,
+    ];
 
     pub(super) const fn name(self) -> &'static str {
         match self {
@@ -40,22 +54,30 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
             Self::ServiceCidr => "ServiceCIDR",
+            Self::NetworkPolicy => "NetworkPolicy",
+            Self::Pod => "Pod",
+            Self::Namespace => "Namespace",
         }
     }
 
     const fn api_version(self) -> &'static str {
         match self {
-            Self::Service | Self::Node => "v1",
+            Self::Service | Self::Node | Self::Pod | Self::Namespace => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
-            Self::ServiceCidr => "networking.k8s.io/v1",
+            Self::ServiceCidr | Self::NetworkPolicy => "networking.k8s.io/v1",
         }
     }
 
     const fn is_namespaced(self) -> bool {
         match self {
-            Self::Service | Self::EndpointSlice => true,
-            Self::Node | Self::ServiceCidr => false,
+            Self::Service | Self::EndpointSlice | Self::NetworkPolicy | Self::Pod => true,
+            Self::Node | Self::ServiceCidr | Self::Namespace => false,
         }
+    }
+
+    /// Is it of no interest before there is a NetworkPolicy?
+    pub(super) const fn is_for_policies(self) -> bool {
+        matches!(self, Self::Pod | Self::Namespace)
     }
 
     /// `None` for kinds that are somebody else's. Groups are compared, so that a wrong version can be told from
@@ -94,6 +116,9 @@ pub(super) enum Object {
     Slice(EndpointSlice),
     Node(Node),
     ServiceCidr(Vec<IpNet>),
+    NetworkPolicy(PolicySpec),
+    Pod(Pod),
+    Namespace(Namespace),
 }
 
 /// One thing found in a file.
@@ -367,6 +392,16 @@ fn read_object(place: &str, value: &Value, path: &str, kind: Kind, api_version: 
         Kind::ServiceCidr => typed::<networking_v1::ServiceCIDR>(value).map(|(object, unused)| {
             let ranges = |(_, ranges)| Object::ServiceCidr(ranges);
             (generic(convert_service_cidr(&object, Some(place)), ranges), object_name(&object.metadata), unused)
+        }),
+        Kind::NetworkPolicy => typed::<networking_v1::NetworkPolicy>(value).map(|(object, unused)| {
+            let converted = generic(convert_policy(&object, Some(place)), Object::NetworkPolicy);
+            (converted, object_name(&object.metadata), unused)
+        }),
+        Kind::Pod => typed::<core_v1::Pod>(value).map(|(object, unused)| {
+            (generic(convert_pod(&object, Some(place)), Object::Pod), object_name(&object.metadata), unused)
+        }),
+        Kind::Namespace => typed::<core_v1::Namespace>(value).map(|(object, unused)| {
+            (generic(convert_namespace(&object, Some(place)), Object::Namespace), object_name(&object.metadata), unused)
         }),
     };
     match (outcome, key.clone()) {

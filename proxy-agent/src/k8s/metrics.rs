@@ -3,8 +3,6 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use proxy_core::event::Source;
-
 use super::trouble::Trouble;
 
 /// Counters of a source.
@@ -18,6 +16,12 @@ pub struct SourceMetrics {
     pub node: WatchMetrics,
     /// The watch on ServiceCIDRs.
     pub service_cidrs: WatchMetrics,
+    /// The watch on NetworkPolicies.
+    pub policies: WatchMetrics,
+    /// The watch on Namespaces, which begins with the first NetworkPolicy.
+    pub namespaces: WatchMetrics,
+    /// The watch on Pods, which begins with the first NetworkPolicy.
+    pub pods: WatchMetrics,
     /// New logins: clients built anew because credentials changed or were refused.
     pub logins: AtomicU64,
     /// Switches from one API server to another.
@@ -37,15 +41,17 @@ pub struct WatchMetrics {
 }
 
 impl SourceMetrics {
-    /// Counters of the watch on `source`; `None` for what is not watched at an API server.
-    pub fn watch(&self, source: Source) -> Option<&WatchMetrics> {
-        match source {
-            Source::Services => Some(&self.services),
-            Source::EndpointSlices => Some(&self.slices),
-            Source::Node => Some(&self.node),
-            Source::ServiceCidrs => Some(&self.service_cidrs),
-            Source::Links => None,
-        }
+    /// Every watch with the name of what it watches, as the API has it in its paths.
+    pub fn watches(&self) -> [(&'static str, &WatchMetrics); 7] {
+        [
+            ("services", &self.services),
+            ("endpointslices", &self.slices),
+            ("nodes", &self.node),
+            ("servicecidrs", &self.service_cidrs),
+            ("networkpolicies", &self.policies),
+            ("namespaces", &self.namespaces),
+            ("pods", &self.pods),
+        ]
     }
 }
 

@@ -125,6 +125,7 @@ mod tests {
             gateways: vec![],
             path: LinkPath::Redirect,
             mtu: 1500,
+            pod: None,
         }
     }
 

@@ -66,6 +66,29 @@ pub struct Sweep {
     pub removed: Option<usize>,
 }
 
+/// One round of NetworkPolicy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PolicyRound {
+    /// How long it took.
+    pub took: Duration,
+    /// Operations on maps that succeeded.
+    pub applied: usize,
+    /// Operations, or attempts to read the maps, that failed.
+    pub failed: usize,
+    /// NetworkPolicies of the cluster.
+    pub policies: usize,
+    /// Pods of this node that have a slot.
+    pub pods: usize,
+    /// Those among them whose policy does not fit into the maps.
+    pub locked: usize,
+    /// Interfaces that are held, because nobody knows what their pods may do.
+    pub held: usize,
+    /// Epoch of the policy in force.
+    pub revision: u32,
+    /// The maps hold what the objects mean.
+    pub settled: bool,
+}
+
 /// What is counted.
 #[derive(Debug)]
 pub struct Metrics {
@@ -74,6 +97,8 @@ pub struct Metrics {
     all: Histogram,
     programming: Histogram,
     sweeps: Histogram,
+    policy: Histogram,
+    policy_operations: [AtomicU64; 2],
     service_changes: Changes,
     endpoint_changes: Changes,
     failed_rounds: AtomicU64,
@@ -109,6 +134,7 @@ impl fmt::Debug for PacketsOf {
 struct State {
     facts: Facts,
     maps: BTreeMap<&'static str, Usage>,
+    policy: PolicyRound,
     queued: Option<SystemTime>,
     synced: Option<SystemTime>,
 }
@@ -133,6 +159,8 @@ impl Default for Metrics {
             all: sync(),
             programming: Histogram::new(programming),
             sweeps: sync(),
+            policy: sync(),
+            policy_operations: Default::default(),
             service_changes: Changes::default(),
             endpoint_changes: Changes::default(),
             failed_rounds: AtomicU64::default(),
@@ -214,6 +242,19 @@ impl Metrics {
     pub fn map(&self, name: &'static str, usage: Usage) {
         if let Ok(mut state) = self.state.lock() {
             state.maps.insert(name, usage);
+        }
+    }
+
+    /// A round of NetworkPolicy has ended.
+    pub fn policy(&self, round: PolicyRound) {
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        if round.applied + round.failed > 0 {
+            self.policy.observe(round.took);
+        }
+        self.policy_operations[0].fetch_add(count(round.applied), Ordering::Relaxed);
+        self.policy_operations[1].fetch_add(count(round.failed), Ordering::Relaxed);
+        if let Ok(mut state) = self.state.lock() {
+            state.policy = round;
         }
     }
 
@@ -398,6 +439,27 @@ impl Metrics {
             "Services with a healthCheckNodePort",
             float(u64::try_from(state.facts.health_checks.len()).unwrap_or_default()),
         );
+        self.policies(out, &state.policy);
+    }
+
+    fn policies(&self, out: &mut Exposition, round: &PolicyRound) {
+        out.histogram("proxy_agent_policy_sync_duration_seconds", "Time of a round that writes policy", &self.policy);
+        let name = "proxy_agent_policy_operations_total";
+        out.family(name, Kind::Counter, "Operations on the maps of policy");
+        for (outcome, count) in ["success", "failure"].into_iter().zip(&self.policy_operations) {
+            out.sample(name, &[("outcome", outcome)], load(count));
+        }
+        let count = |n: usize| float(u64::try_from(n).unwrap_or(u64::MAX));
+        for (name, help, value) in [
+            ("policies", "NetworkPolicies of the cluster", count(round.policies)),
+            ("policy_pods", "Pods of this node whose policy is in the maps", count(round.pods)),
+            ("policy_locked_pods", "Pods whose policy does not fit: only their node reaches them", count(round.locked)),
+            ("policy_held_interfaces", "Pod interfaces held: nobody knows what they may do", count(round.held)),
+            ("policy_revision", "Epoch of the policy in force", float(round.revision.into())),
+            ("policy_settled", "The maps hold what the objects mean", f64::from(u8::from(round.settled))),
+        ] {
+            out.single(&format!("proxy_agent_{name}"), Kind::Gauge, help, value);
+        }
     }
 }
 
@@ -416,7 +478,7 @@ fn process(out: &mut Exposition, Seen { process, tasks, .. }: &Seen) {
 }
 
 fn watched(out: &mut Exposition, all: &SourceMetrics) {
-    let watches = [("services", &all.services), ("endpointslices", &all.slices), ("nodes", &all.node)];
+    let watches = all.watches();
     for (name, help, of) in [
         (
             "proxy_agent_watch_listings_total",

@@ -27,6 +27,17 @@ fn the_whole_exposition() {
     metrics.facts(&Facts { health_checks: [(name, check)].into(), no_local_internal: 2, no_local_external: 3 });
     metrics.map("backend", Usage { entries: 3, capacity: 12 });
     metrics.map("service", Usage { entries: 1, capacity: 0 });
+    metrics.policy(PolicyRound {
+        took: ms(3),
+        applied: 12,
+        failed: 1,
+        policies: 4,
+        pods: 5,
+        locked: 1,
+        held: 2,
+        revision: 9,
+        settled: true,
+    });
     metrics.sweep(Sweep { took: ms(2), removed: Some(5) });
     metrics.sweep(Sweep { took: ms(40_000), removed: None });
     for code in [200, 503, 200] {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use proxy_abi::{Hook, Reason};
+use proxy_abi::{DeviceEntry, Hook, Reason};
 use serde_json::{Value, json};
 
 use super::{Format, VERSION, print, write};
@@ -16,6 +16,40 @@ struct Limited {
     ifindex: u32,
     interface: Option<String>,
     flows: u64,
+}
+
+/// NetworkPolicy as the interfaces of this node have it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Enforced {
+    /// Interfaces whose pods have a slot.
+    pods: usize,
+    /// Interfaces that are held.
+    held: usize,
+    /// Epoch of the policy in the maps.
+    revision: u32,
+}
+
+impl Enforced {
+    fn of(slots: impl Iterator<Item = u16>, revision: u32) -> Self {
+        let mut enforced = Self { revision, ..Self::default() };
+        for slot in slots {
+            match slot {
+                0 => {}
+                DeviceEntry::HELD => enforced.held += 1,
+                _ => enforced.pods += 1,
+            }
+        }
+        enforced
+    }
+
+    fn text(self) -> String {
+        match self {
+            Self { pods: 0, held: 0, .. } => "not in force on any interface".to_owned(),
+            Self { pods, held, revision } => {
+                format!("in force for {pods} pods, revision {revision}; held interfaces: {held}")
+            }
+        }
+    }
 }
 
 /// Packets that left a hook for a reason.
@@ -84,6 +118,8 @@ pub fn status(pin_root: &Path, format: Format) -> Result<()> {
     let drops = drops(&counts);
     let quota = Description::read(&pins.maps())?.and_then(|said| said.settings.get(POD_QUOTA).copied());
     let limited = limited(&maps, quota.unwrap_or(0))?;
+    let slots = maps.device.read()?.into_iter().map(|(_, device)| device.slot);
+    let enforced = Enforced::of(slots, maps.policy.epoch.get(&0)?.unwrap_or(0));
     if format == Format::Json {
         let usage: Vec<Value> = usage
             .iter()
@@ -117,6 +153,7 @@ pub fn status(pin_root: &Path, format: Format) -> Result<()> {
             "maps": usage,
             "pod_flow_quota": quota,
             "pods_at_quota": limited,
+            "policy": { "pods": enforced.pods, "held": enforced.held, "revision": enforced.revision },
             "drops": drops,
             "counters": counters,
         });
@@ -128,10 +165,12 @@ pub fn status(pin_root: &Path, format: Format) -> Result<()> {
         None => "not known".to_owned(),
     };
     write(&format!(
-        "agent   {}\npins    {}\nlinks   {links}\nquota   {quota} for each pod; pods at it: {}\n",
+        "agent   {}\npins    {}\nlinks   {links}\nquota   {quota} for each pod; pods at it: {}\n\
+         policy  {}\n",
         if running { "running" } else { "down; the kernel goes on with what it has" },
         pins.root().display(),
         limited.len(),
+        enforced.text(),
     ))?;
     let rows = usage
         .iter()
@@ -190,6 +229,20 @@ mod tests {
             count(Hook::FromPod, Reason::NoBackend, 7),
         ];
         assert_eq!(drops(&counts), [(Reason::NoBackend, 7), (Reason::NoFlow, 5)]);
+    }
+
+    #[test]
+    fn slots_tell_what_is_in_force() {
+        const HELD: u16 = DeviceEntry::HELD;
+        let rows = [
+            (&[][..], "not in force on any interface"),
+            (&[0, 0], "not in force on any interface"),
+            (&[0, 3, 4, HELD], "in force for 2 pods, revision 7; held interfaces: 1"),
+            (&[HELD], "in force for 0 pods, revision 7; held interfaces: 1"),
+        ];
+        for (slots, want) in rows {
+            assert_eq!(Enforced::of(slots.iter().copied(), 7).text(), want, "{slots:?}");
+        }
     }
 
     #[test]

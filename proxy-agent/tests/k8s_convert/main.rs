@@ -1,6 +1,8 @@
 //! Kubernetes objects to core types: one row for each rule.
 
 mod node;
+mod pod;
+mod policy;
 mod service;
 mod slice;
 

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{self, ErrorKind, Write as _};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use super::socket::{tcp_connect, timed_out, udp_client};
@@ -51,11 +52,32 @@ impl Transport {
 /// # Errors
 /// When the namespace cannot be entered; how the request ends is never an error.
 pub fn probe(netns: &Netns, target: SocketAddr, transport: Transport, patience: Duration) -> Result<Answer> {
-    let asked = netns.run(|| match transport {
+    netns.run(|| ask(target, transport, patience))
+}
+
+/// Asks all of them at once from `netns`, and gives the answers in their order.
+///
+/// # Errors
+/// When the namespace cannot be entered.
+pub fn probe_all(netns: &Netns, targets: &[(SocketAddr, Transport)], patience: Duration) -> Result<Vec<Answer>> {
+    // Threads are made inside the namespace, so they are in it.
+    netns.run(|| {
+        thread::scope(|scope| {
+            let asked: Vec<_> = targets
+                .iter()
+                .map(|&(target, transport)| scope.spawn(move || ask(target, transport, patience)))
+                .collect();
+            asked.into_iter().map(|one| one.join().unwrap_or(Answer::Failed(ErrorKind::Other))).collect()
+        })
+    })
+}
+
+fn ask(target: SocketAddr, transport: Transport, patience: Duration) -> Answer {
+    let asked = match transport {
         Transport::Tcp => ask_tcp(target, patience),
         Transport::Udp => ask_udp(target, patience),
-    })?;
-    Ok(match asked {
+    };
+    match asked {
         Ok((server, peer)) => Answer::From { server, seen: peer.ip() },
         Err(error) if timed_out(&error) => Answer::Silent,
         Err(error) => match error.kind() {
@@ -63,7 +85,7 @@ pub fn probe(netns: &Netns, target: SocketAddr, transport: Transport, patience: 
             ErrorKind::PermissionDenied => Answer::Denied,
             kind => Answer::Failed(kind),
         },
-    })
+    }
 }
 
 fn ask_tcp(target: SocketAddr, patience: Duration) -> io::Result<(String, SocketAddr)> {

@@ -58,25 +58,25 @@ impl Lacking {
     }
 }
 
-fn one_resource_each(rule: &Value) -> Vec<Value> {
+pub(crate) fn one_resource_each(rule: &Value) -> Vec<Value> {
     let resources = rule["resources"].as_array().expect("resources").iter();
     resources
         .map(|resource| json!({ "apiGroups": rule["apiGroups"], "resources": [resource], "verbs": rule["verbs"] }))
         .collect()
 }
 
-fn deployed(kind: &str) -> Value {
+pub(crate) fn deployed(kind: &str) -> Value {
     of_kind(&documents("rbac.yaml").expect("deploy/rbac.yaml"), kind).expect("one").clone()
 }
 
-fn renamed(object: &Value, name: &str) -> Value {
+pub(crate) fn renamed(object: &Value, name: &str) -> Value {
     let mut object = object.clone();
     object["metadata"]["name"] = name.into();
     object
 }
 
 /// The ServiceAccount and the binding of `deploy/` under another name, with the role of that name.
-fn create_account(stage: &Stage, name: &str) -> Account {
+pub(crate) fn create_account(stage: &Stage, name: &str) -> Account {
     let account = Account { name: name.to_owned(), ..deployed_account() };
     stage.create(&account.object());
     let mut binding = renamed(&deployed("ClusterRoleBinding"), name);

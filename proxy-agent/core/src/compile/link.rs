@@ -86,7 +86,8 @@ impl Compiler {
         let mut bound = Vec::new();
         let mut first_of = BTreeMap::new();
         let flags = flags_of(link.path);
-        let pod = LocalPodEntry { ifindex: link.ifindex, mac: link.pod_mac, slot: 0, flags };
+        let slot = state.slot(link);
+        let pod = LocalPodEntry { ifindex: link.ifindex, mac: link.pod_mac, slot, flags };
         for address in &link.addresses {
             if let Some(holder) = state.holder(*address).filter(|holder| *holder != link.ifindex) {
                 let problem = format!("{address} is bound to interface {holder}; it is not bound to this one");
@@ -116,7 +117,7 @@ impl Compiler {
             gateway_mac: link.gateway_mac,
             bridge: link.bridge,
             flags,
-            slot: 0,
+            slot,
             reserved: 0,
             since: 0,
             mtu: link.mtu,

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use proxy_abi::Proto;
-use proxy_abi::policy::RuleRef;
+use proxy_abi::policy::{Direction, RuleRef};
 
 use super::engine::Engine;
 use super::policy::PortRange;
@@ -39,6 +39,11 @@ impl Engine {
         }
         let matching = line?.entries.iter().find(|entry| self.matches_peer(&entry.peers, peer))?;
         Some(Reason::Rule(matching.origin.clone()))
+    }
+
+    /// Which way the rules of a verdict's set are about; `None` when the set is not in use any more.
+    pub fn direction(&self, rule: RuleRef) -> Option<Direction> {
+        self.line(rule).map(|(set, _)| set.direction)
     }
 
     /// How far each rule matches a flow: those that allow it match in both, those that match in one were near it. For

@@ -1,6 +1,7 @@
 //! Label selectors.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::sync::Arc;
 
 use super::spec::{Labels, SelectorSpec};
@@ -75,5 +76,25 @@ impl Selector {
             Requirement::Exists(key) => labels.contains_key(key),
             Requirement::DoesNotExist(key) => !labels.contains_key(key),
         })
+    }
+}
+
+/// As kubectl writes selectors: `app=web,tier in (a,b),!old`.
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let set = |values: &BTreeSet<Arc<str>>| values.iter().map(|value| &**value).collect::<Vec<_>>().join(",");
+        for (at, requirement) in self.requirements.iter().enumerate() {
+            if at > 0 {
+                f.write_str(",")?;
+            }
+            match requirement {
+                Requirement::In(key, values) if values.len() == 1 => write!(f, "{key}={}", set(values))?,
+                Requirement::In(key, values) => write!(f, "{key} in ({})", set(values))?,
+                Requirement::NotIn(key, values) => write!(f, "{key} notin ({})", set(values))?,
+                Requirement::Exists(key) => f.write_str(key)?,
+                Requirement::DoesNotExist(key) => write!(f, "!{key}")?,
+            }
+        }
+        Ok(())
     }
 }

@@ -300,6 +300,11 @@ impl World {
         })
     }
 
+    /// A policy.
+    pub fn policy(&self, name: &ObjectName) -> Option<&Arc<Policy>> {
+        self.spaces.get(&name.namespace)?.policies.get(&name.name)
+    }
+
     /// Is there a policy?
     pub fn has_policies(&self) -> bool {
         self.spaces.values().any(|space| !space.policies.is_empty())

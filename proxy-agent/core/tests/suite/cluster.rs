@@ -101,6 +101,7 @@ pub(crate) fn link(ifindex: u32, addresses: &[&str]) -> PodLink {
         gateways: vec![ip("10.244.0.1"), ip("fd00:244::1")],
         path: LinkPath::Redirect,
         mtu: 0,
+        pod: None,
     }
 }
 

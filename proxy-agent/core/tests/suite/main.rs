@@ -5,6 +5,7 @@ mod cluster;
 mod compile;
 mod conflict;
 mod facts;
+mod local;
 mod netpol_maps;
 mod netpol_random;
 mod netpol_reconcile;

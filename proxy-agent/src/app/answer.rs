@@ -1,0 +1,174 @@
+//! Answers to what the command line asks.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use proxy_abi::Proto;
+use proxy_abi::policy::{Direction, RuleRef};
+use proxy_core::name::ObjectName;
+use proxy_core::netpol::engine::Engine;
+use proxy_core::netpol::explain::Reason;
+use proxy_core::netpol::policy::{Policy, Rule};
+use proxy_core::netpol::reconcile::PolicyReconciler;
+use proxy_core::netpol::rules::Origin;
+use proxy_core::netpol::spec::Pod;
+
+use crate::ask::{Answer, Asked, NearInfo, PodInfo, PolicyInfo, Question, ReasonInfo, RuleInfo};
+
+/// Similar names that are told.
+const SIMILAR: usize = 5;
+
+/// Answers from what the reconciler knows at this moment.
+pub(super) fn answer(question: &Question, reconciler: &PolicyReconciler) -> Answer {
+    let engine = reconciler.engine();
+    match question {
+        Question::Pods { names, ips } => pods(reconciler, names, ips),
+        Question::Endpoints => {
+            let local = engine.subjects().keys().filter_map(|name| engine.world().member(name));
+            let found = local.map(|member| pod_info(reconciler, &member.pod)).collect();
+            Answer::Pods { found, similar: Vec::new() }
+        }
+        Question::Policies => Answer::Policies(policies(engine)),
+        Question::Reason(asked) => Answer::Reason(reason(engine, *asked)),
+    }
+}
+
+fn pods(reconciler: &PolicyReconciler, names: &[String], ips: &[IpAddr]) -> Answer {
+    let world = reconciler.engine().world();
+    let (mut found, mut similar) = (Vec::new(), Vec::new());
+    for text in names {
+        let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+        match world.member(&ObjectName::new(namespace, name)) {
+            Some(member) => found.push(pod_info(reconciler, &member.pod)),
+            None => similar.push((text.clone(), similar_to(world.members().map(|(name, _)| name), namespace, name))),
+        }
+    }
+    for ip in ips {
+        found.extend(world.owner(*ip).map(|member| pod_info(reconciler, &member.pod)));
+    }
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found.dedup();
+    Answer::Pods { found, similar }
+}
+
+/// The names that differ least.
+fn similar_to<'a>(all: impl Iterator<Item = &'a ObjectName>, namespace: &str, name: &str) -> Vec<String> {
+    let mut ranked: Vec<(usize, &ObjectName)> = all
+        .map(|other| {
+            let elsewhere = usize::from(*other.namespace != *namespace);
+            (distance(&other.name, name) + elsewhere, other)
+        })
+        .filter(|(distance, other)| *distance <= other.name.len().max(name.len()).div_ceil(2))
+        .collect();
+    ranked.sort();
+    ranked.into_iter().take(SIMILAR).map(|(_, name)| name.to_string()).collect()
+}
+
+/// Insertions, deletions and substitutions that lead from one text to the other.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.chars().enumerate() {
+            let cheapest = (diagonal + usize::from(x != y)).min(row[j] + 1).min(row[j + 1] + 1);
+            diagonal = std::mem::replace(&mut row[j + 1], cheapest);
+        }
+    }
+    row[row.len() - 1]
+}
+
+fn pod_info(reconciler: &PolicyReconciler, pod: &Pod) -> PodInfo {
+    let engine = reconciler.engine();
+    let world = engine.world();
+    let local = world.is_local(pod);
+    let policies = if local { world.policies(&pod.name.namespace, &pod.labels) } else { Vec::new() };
+    let subject = engine.subjects().get(&pod.name);
+    PodInfo {
+        name: pod.name.to_string(),
+        uid: pod.uid.to_string(),
+        node: pod.node.as_deref().map(str::to_owned),
+        local,
+        ips: pod.ips.clone(),
+        slot: reconciler.slot(&pod.uid).filter(|_| local && reconciler.enforces()),
+        policies: policies.iter().map(|policy| policy.name.to_string()).collect(),
+        locked: subject.and_then(|subject| subject.locked).map(|cause| cause.to_string()),
+    }
+}
+
+fn policies(engine: &Engine) -> Vec<PolicyInfo> {
+    let world = engine.world();
+    let info = |policy: &Arc<Policy>| {
+        let name = &policy.name;
+        let is_subject = |pod: &ObjectName| {
+            let member = world.member(pod);
+            pod.namespace == name.namespace && member.is_some_and(|m| policy.subject.matches(&m.pod.labels))
+        };
+        let object = format!("NetworkPolicy {name}");
+        let problems = world.findings().filter(|finding| finding.object == object);
+        let words =
+            |rules: &Option<Vec<Rule>>| rules.as_ref().map(|rules| rules.iter().map(ToString::to_string).collect());
+        PolicyInfo {
+            name: name.to_string(),
+            subject: if policy.subject.is_empty() { "all pods".to_owned() } else { policy.subject.to_string() },
+            ingress: words(&policy.ingress),
+            egress: words(&policy.egress),
+            pods: engine.subjects().keys().filter(|pod| is_subject(pod)).count(),
+            problems: problems.map(ToString::to_string).collect(),
+        }
+    };
+    world.policy_names().filter_map(|name| world.policy(&name).map(info)).collect()
+}
+
+fn reason(engine: &Engine, asked: Asked) -> ReasonInfo {
+    let rule = RuleRef(asked.rule);
+    let Some(direction) = engine.direction(rule) else { return ReasonInfo::default() };
+    let info = |origin: &Origin| rule_info(engine, direction, origin);
+    let mut reason = ReasonInfo::default();
+    match engine.reason(rule, asked.peer) {
+        Some(Reason::Rule(origin)) => reason.rule = Some(info(&origin)),
+        Some(Reason::Isolated(policies)) => reason.isolated_by = policies.iter().map(ToString::to_string).collect(),
+        None => {}
+    }
+    let matches = engine.matches(rule, asked.peer, Proto(asked.proto), asked.port);
+    let near = matches.into_iter().filter(|found| found.peer != found.port);
+    reason.near = near.map(|f| NearInfo { rule: info(&f.origin), peer: f.peer, port: f.port }).collect();
+    reason
+}
+
+fn rule_info(engine: &Engine, direction: Direction, origin: &Origin) -> RuleInfo {
+    let policy = engine.world().policy(&origin.policy);
+    let (side, rules) = match direction {
+        Direction::Ingress => ("ingress", policy.and_then(|policy| policy.ingress.as_ref())),
+        Direction::Egress => ("egress", policy.and_then(|policy| policy.egress.as_ref())),
+    };
+    let text = rules.and_then(|rules| rules.get(origin.rule)).map(ToString::to_string);
+    RuleInfo {
+        policy: origin.policy.to_string(),
+        rule: format!("{side}[{}]", origin.rule),
+        text: text.unwrap_or_else(|| "not there any more".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distances() {
+        for (a, b, want) in [("", "", 0), ("web", "web", 0), ("web", "wbe", 2), ("web", "", 3), ("db-0", "db-10", 1)] {
+            assert_eq!(distance(a, b), want, "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn similar_names() {
+        let all = ["shop/web", "shop/web-0", "shop/db", "other/web", "other/zebra"];
+        let all: Vec<_> =
+            all.iter().filter_map(|name| name.split_once('/')).map(|(a, b)| ObjectName::new(a, b)).collect();
+        let similar = |namespace, name| similar_to(all.iter(), namespace, name);
+        assert_eq!(similar("shop", "xyzzy"), [""; 0]);
+        assert_eq!(similar("shop", "wep"), ["shop/web", "other/web", "shop/web-0"]);
+        assert_eq!(similar("shop", "web-1"), ["shop/web-0", "shop/web", "other/web"]);
+        assert_eq!(similar("default", "web"), ["other/web", "shop/web", "shop/web-0"]);
+    }
+}

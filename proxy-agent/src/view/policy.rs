@@ -1,0 +1,103 @@
+//! `policy list` and `endpoint list`: what is in force on this node.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+use proxy_abi::policy::{BlockEntry, SlotWord};
+use proxy_abi::{DeviceEntry, IpBytes};
+use serde_json::{Value, json};
+
+use super::{Format, open, print};
+use crate::ask::{Answer, AskError, PodInfo, PolicyInfo, Question, ask};
+use crate::dataplane::policy::PolicyMaps;
+
+/// NetworkPolicies, as the agent knows them.
+pub fn policies(pin_root: &Path, format: Format) -> Result<()> {
+    let all = match ask(pin_root, &Question::Policies)? {
+        Answer::Policies(all) => all,
+        Answer::Pods { .. } | Answer::Reason(_) => Vec::new(),
+    };
+    let rules = |rules: &Option<Vec<String>>| match (rules, format) {
+        (None, _) => Value::Null,
+        (Some(rules), Format::Json) => json!(rules),
+        (Some(rules), Format::Table) if rules.is_empty() => json!("nothing"),
+        (Some(rules), Format::Table) => json!(rules.join("; ")),
+    };
+    let row = |PolicyInfo { name, subject, ingress, egress, pods, problems }: PolicyInfo| {
+        vec![json!(name), json!(subject), json!(pods), rules(&ingress), rules(&egress), json!(problems)]
+    };
+    let columns = ["policy", "for", "pods here", "lets in", "lets out", "problems"];
+    print(format, &columns, all.into_iter().map(row).collect())
+}
+
+/// Pod interfaces of this node, with the policy that the maps hold for them. Names are the agent's: without it they are
+/// left out.
+pub fn endpoints(pin_root: &Path, format: Format) -> Result<()> {
+    let maps = open(pin_root)?;
+    let names = local_pods(pin_root);
+    let epoch = maps.policy.epoch.get(&0)?.unwrap_or(0);
+    let mut devices = maps.device.read()?;
+    devices.retain(|(_, device)| device.flags & (DeviceEntry::NETDEV | DeviceEntry::PLAIN) == 0);
+    devices.sort();
+    let ip = |ip: IpBytes| if ip == IpBytes::UNSPECIFIED { Value::Null } else { json!(ip.to_string()) };
+    let mut rows = Vec::new();
+    for (ifindex, device) in devices {
+        let interface = nix::net::if_::if_indextoname(ifindex).map_or(Value::Null, |n| json!(n.to_string_lossy()));
+        let pod = names.as_ref().ok().and_then(|names| names.get(&device.slot));
+        let word = word(&maps.policy, device.slot, epoch)?;
+        let in_force = device.slot != 0 && device.slot != DeviceEntry::HELD;
+        rows.push(vec![
+            json!(ifindex),
+            interface,
+            pod.map_or(Value::Null, |pod| json!(pod.name)),
+            ip(device.ip4),
+            ip(device.ip6),
+            json!(state(&maps.policy, device.slot, word)?),
+            if in_force { json!(device.slot) } else { Value::Null },
+            if in_force { json!(word.revision) } else { Value::Null },
+            pod.map_or(Value::Null, |pod| json!(pod.policies)),
+        ]);
+    }
+    let columns = ["ifindex", "interface", "pod", "ipv4", "ipv6", "policy", "slot", "revision", "by"];
+    print(format, &columns, rows)?;
+    if let (Err(error), Format::Table) = (names, format) {
+        super::write(&format!("\nnames of pods and policies are not known: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Pods of this node by their slots.
+fn local_pods(pin_root: &Path) -> Result<BTreeMap<u16, PodInfo>, AskError> {
+    let Answer::Pods { found, .. } = ask(pin_root, &Question::Endpoints)? else { return Ok(BTreeMap::new()) };
+    Ok(found.into_iter().filter_map(|pod| Some((pod.slot?, pod))).collect())
+}
+
+/// The word of a slot on the side that counts.
+pub(super) fn word(policy: &PolicyMaps, slot: u16, epoch: u32) -> Result<SlotWord> {
+    const NONE: SlotWord = SlotWord { block: 0, revision: 0 };
+    if slot == 0 || slot == DeviceEntry::HELD {
+        return Ok(NONE);
+    }
+    Ok(policy.slot.get(&SlotWord::index(slot, epoch))?.unwrap_or(NONE))
+}
+
+/// What holds for an interface, in a word.
+fn state(policy: &PolicyMaps, slot: u16, word: SlotWord) -> Result<&'static str> {
+    Ok(match (slot, word.block) {
+        (0, _) => "none",
+        (DeviceEntry::HELD, _) => "held",
+        (_, 0) => "not ready",
+        (_, BlockEntry::OPEN_ID) => "open",
+        (_, BlockEntry::LOCKED_ID) => "locked",
+        (_, block) => match policy.block.get(&block)? {
+            None => "broken",
+            Some(block) => match (block.ingress != [0; 3], block.egress != [0; 3]) {
+                (false, false) => "open",
+                (true, false) => "ingress",
+                (false, true) => "egress",
+                (true, true) => "ingress, egress",
+            },
+        },
+    })
+}

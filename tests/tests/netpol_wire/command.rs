@@ -1,0 +1,117 @@
+//! `explain`, `policy list`, `endpoint list`: from the maps as they are, with and without the agent.
+
+use proxy_tests::{Deadline, Family};
+use serde_json::{Value, json};
+
+use crate::stage::Stage;
+
+/// What `explain` says in JSON, whatever its exit code.
+fn explain(stage: &Stage, node: usize, words: [&str; 3]) -> (i32, Vec<Value>) {
+    let (code, text) = stage.run(node, &[&["explain"], &words[..], &["-o", "json"]].concat());
+    let value: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+    (code, value["items"].as_array().expect("items").clone())
+}
+
+/// What was decided at each side, and by which rule or which policies.
+fn sides(item: &Value) -> Vec<String> {
+    let all = item["sides"].as_array().expect("sides").iter();
+    all.map(|side| {
+        let reason = &side["reason"];
+        let why = match (reason["rule"]["policy"].as_str(), reason["isolated_by"].as_array()) {
+            (Some(policy), _) => format!("{policy} {}", reason["rule"]["rule"].as_str().unwrap_or_default()),
+            (None, Some(policies)) if !policies.is_empty() => format!("isolated by {}", Value::from(policies.clone())),
+            _ => side["cause"].as_str().unwrap_or_default().to_owned(),
+        };
+        let near = reason["near"].as_array().map_or(0, Vec::len);
+        format!(
+            "{} {} {} {why} near {near}",
+            side["direction"].as_str().unwrap_or_default(),
+            side["pod"],
+            side["allowed"]
+        )
+    })
+    .collect()
+}
+
+#[test]
+fn who_may_reach_whom_and_why() {
+    let mut stage = Stage::build();
+    let web = json!({
+        "podSelector": { "matchLabels": { "pod": "a" } },
+        "policyTypes": ["Ingress"],
+        "ingress": [
+            { "from": [{ "podSelector": { "matchLabels": { "pod": "b" } } }], "ports": [{ "port": 80 }] },
+            { "from": [{ "namespaceSelector": { "matchLabels": { "ns": "y" } } }], "ports": [{ "port": 81 }] },
+        ],
+    });
+    stage.apply("x", "web", &web);
+    stage.settle();
+    let settled = |stage: &Stage| explain(stage, 0, ["x/x-b", "x/x-a", "80/tcp"]).1.len() == 2;
+    Deadline::secs(20).until("in force", || settled(&stage)).expect("in force");
+
+    let (code, items) = explain(&stage, 0, ["x/x-b", "x/x-a", "80/tcp"]);
+    let said: Vec<_> = items.iter().map(sides).collect();
+    let open = r#"egress "x/x-b" true no policy has a say near 0"#;
+    let rule = r#"ingress "x/x-a" true x/web ingress[0] near 0"#;
+    assert_eq!((code, said), (0, vec![vec![open.to_owned(), rule.to_owned()]; 2]), "both families");
+
+    let (code, items) = explain(&stage, 0, ["x/x-b", "x/x-a", "81/tcp"]);
+    let denied = r#"ingress "x/x-a" false isolated by ["x/web"] near 2"#;
+    assert_eq!((code, sides(&items[0])[1].as_str()), (2, denied));
+    let near: Vec<_> = items[0]["sides"][1]["reason"]["near"].as_array().expect("near").clone();
+    let text = |near: &Value| format!("{} {} {} {}", near["rule"], near["peer"], near["port"], near["text"]);
+    assert_eq!(
+        near.iter().map(text).collect::<Vec<_>>(),
+        [
+            r#""ingress[0]" true false "pods with pod=b of namespace x, TCP 80""#,
+            r#""ingress[1]" false true "all pods of namespaces with ns=y, TCP 81""#,
+        ]
+    );
+    // Through its Service, from another node's pod, the node itself, and an address that is no pod's.
+    let vip = stage.vip("x-a", Family::V4).to_string();
+    let (code, items) = explain(&stage, 0, ["y/y-c", &vip, "81/tcp"]);
+    assert_eq!((code, items[0]["service"].as_str()), (0, Some("default/x-a:tcp-81")));
+    assert_eq!(sides(&items[0]), [r#"ingress "x/x-a" true x/web ingress[1] near 0"#]);
+    assert_eq!(items[0]["from"]["node"], "node2");
+    let (code, items) = explain(&stage, 0, ["node", "x/x-a", "22/tcp"]);
+    assert_eq!(
+        (code, sides(&items[0])),
+        (0, vec![r#"ingress "x/x-a" true its own node may always near 0"#.to_owned()])
+    );
+    let (code, _) = explain(&stage, 0, ["192.0.2.1", "x/x-a", "80/tcp"]);
+    assert_eq!(code, 2);
+    // Wrong words.
+    let (code, text) = stage.run(0, &["explain", "x/x-d", "x/x-a", "80/tcp"]);
+    assert!(code == 1 && text.contains("no running pod is called x/x-d") && text.contains("x/x-a"), "{code} {text}");
+    let (code, text) = stage.run(0, &["explain", "x/x-b", "x/x-a", "80"]);
+    assert!(code == 2 && text.contains("write PORT/PROTOCOL"), "{code} {text}");
+
+    let endpoints = |stage: &Stage| stage.endpoints(0);
+    let shown: Vec<_> =
+        endpoints(&stage).iter().map(|row| format!("{} {} {}", row["pod"], row["policy"], row["by"])).collect();
+    let mut want =
+        [r#""x/x-a" "ingress" ["x/web"]"#, r#""x/x-b" "open" []"#, r#""y/y-a" "open" []"#, r#""z/z-b" "open" []"#];
+    want.sort_unstable();
+    let mut sorted = shown.clone();
+    sorted.sort();
+    assert_eq!(sorted, want);
+    let revision = |stage: &Stage| {
+        let rows = endpoints(stage);
+        rows.iter().find(|row| row["policy"] == "ingress").map(|row| row["revision"].clone())
+    };
+    let before = revision(&stage);
+    stage.apply("z", "other", &json!({ "podSelector": { "matchLabels": { "pod": "nobody" } } }));
+    stage.settle();
+    assert_eq!(revision(&stage), before, "another namespace's policy");
+
+    // Without the agent: the same verdict, in numbers.
+    let ip = |pod| stage.ip(pod, Family::V4).to_string();
+    let (from, to) = (ip("x-b"), ip("x-a"));
+    stage.scenario.agent_mut(0).kill9().expect("killed");
+    let (code, items) = explain(&stage, 0, [&from, &to, "81/tcp"]);
+    assert_eq!((code, items[0]["sides"][1]["cause"].as_str()), (2, Some("isolated, and no rule matches")));
+    let (code, text) = stage.run(0, &["explain", "x/x-b", "x/x-a", "80/tcp"]);
+    assert!(code == 1 && text.contains("the agent does not answer"), "{code} {text}");
+    let away: Vec<_> = endpoints(&stage).iter().map(|row| row["policy"].clone()).collect();
+    assert_eq!(away.iter().filter(|policy| **policy == "ingress").count(), 1);
+}

@@ -1,0 +1,8 @@
+//! NetworkPolicy on simulated nodes: real agents, real packets, records of the CNI as containerd writes them.
+
+mod command;
+mod live;
+mod prober;
+mod scenarios;
+mod stage;
+mod upstream;
