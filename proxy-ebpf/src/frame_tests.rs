@@ -116,12 +116,15 @@ fn advertisement(hops: u8, target: [u8; 16], options: &[u8]) -> Vec<u8> {
     p
 }
 
+/// A name, hop limit, target, options, and what is said to it.
+type Case<'a> = (&'a str, u8, [u8; 16], Vec<u8>, Option<Reason>);
+
 #[test]
 fn options_name_the_pod_or_nobody() {
     let mac = |name: u8, mac: [u8; 6]| [&[name, 1][..], &mac].concat();
     let nonce = [14, 1, 1, 2, 3, 4, 5, 6];
     let refused = Some(Reason::FrameNeighbour);
-    let cases: &[(&str, u8, [u8; 16], Vec<u8>, Option<Reason>)] = &[
+    let cases: &[Case<'_>] = &[
         ("own", 255, IP6, mac(2, OWN), None),
         ("none", 255, IP6, Vec::new(), None),
         ("link-local", 255, LOCAL, mac(2, OWN), None),

@@ -32,7 +32,7 @@ fn app(name: &str) -> SelectorSpec {
 }
 
 /// Rules of one direction: each a peer (a pod's name, or a range) and a port; 0 = any protocol and port.
-fn rules(all: &[(&str, u16)]) -> Option<Vec<RuleSpec>> {
+fn rules(all: &[(&str, u16)]) -> Vec<RuleSpec> {
     let port = |number: u16, protocol: &str| PortSpec {
         protocol: Some(protocol.into()),
         port: Some(PortNumber::Number(number.into())),
@@ -47,7 +47,7 @@ fn rules(all: &[(&str, u16)]) -> Option<Vec<RuleSpec>> {
         let ports = (*number != 0).then(|| ["TCP", "UDP", "SCTP"].map(|name| port(*number, name)).to_vec());
         RuleSpec { peers: Some(vec![peer]), ports }
     };
-    Some(all.iter().map(rule).collect())
+    all.iter().map(rule).collect()
 }
 
 /// A policy for one pod; `None` does not isolate.
@@ -57,13 +57,13 @@ fn policy(on: &str, ingress: Option<&[(&str, u16)]>, egress: Option<&[(&str, u16
         name: ObjectName::new("default", format!("for-{on}")),
         pod_selector: Some(app(on)),
         policy_types: Some(types.into_iter().flatten().collect()),
-        ingress: ingress.and_then(rules),
-        egress: egress.and_then(rules),
+        ingress: ingress.map(rules),
+        egress: egress.map(rules),
     })
 }
 
 /// All pods behind their interfaces, with these policies.
-fn policed<'a>(bench: &'a Bench, policies: impl IntoIterator<Item = Change>) -> Result<Policed<'a>> {
+fn policed(bench: &Bench, policies: impl IntoIterator<Item = Change>) -> Result<Policed<'_>> {
     let policed = Policed::start(bench, Limits::default(), objects().into_iter().chain(policies).collect())?;
     for (name, host) in [("one", &POD_ONE), ("two", &POD_TWO), ("three", &POD_THREE)] {
         policed.place_pod(host, name)?;

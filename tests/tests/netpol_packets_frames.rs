@@ -7,7 +7,7 @@ use anyhow::Result;
 use proxy_abi::{Hook, Reason};
 use proxy_core::name::ObjectName;
 use proxy_core::netpol::engine::Limits;
-use proxy_core::netpol::spec::{Change, PolicySpec, SelectorSpec};
+use proxy_core::netpol::spec::{Change, PolicySpec, RuleSpec, SelectorSpec};
 use proxy_tests::Family;
 use proxy_tests::bpf::policed::{NODE, Policed, namespace, pod};
 use proxy_tests::bpf::{Bench, ROOMY, verdict};
@@ -20,9 +20,9 @@ const SYN: u8 = tcp_flag::SYN;
 
 /// The link-local address of a MAC.
 fn link_local(mac: Mac) -> Ipv6Addr {
-    let [a, b, c, d, e, f] = mac.0;
+    let m = mac.0;
     let word = |high: u8, low: u8| u16::from_be_bytes([high, low]);
-    Ipv6Addr::new(0xfe80, 0, 0, 0, word(a ^ 2, b), word(c, 0xff), word(0xfe, d), word(e, f))
+    Ipv6Addr::new(0xfe80, 0, 0, 0, word(m[0] ^ 2, m[1]), word(m[2], 0xff), word(0xfe, m[3]), word(m[4], m[5]))
 }
 
 fn arp(operation: u16, sender_mac: Mac, sender_ip: Ipv4Addr) -> Frame {
@@ -187,8 +187,8 @@ fn start(bench: &Bench) -> Result<Policed<'_>> {
         name: ObjectName::new("default", "everything"),
         pod_selector: Some(SelectorSpec::default()),
         policy_types: Some(vec!["Ingress".into(), "Egress".into()]),
-        ingress: Some(vec![Default::default()]),
-        egress: Some(vec![Default::default()]),
+        ingress: Some(vec![RuleSpec::default()]),
+        egress: Some(vec![RuleSpec::default()]),
     });
     let one = Change::Pod(pod("one", &POD_ONE, NODE));
     Policed::start(bench, Limits::default(), vec![namespace("default"), one, allowing])

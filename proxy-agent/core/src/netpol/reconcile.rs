@@ -183,7 +183,9 @@ impl PolicyReconciler {
                 (PolicySource::Namespaces, gone.cloned().map(Change::NamespaceGone).collect())
             }
         };
-        gone.into_iter().for_each(|change| self.engine.apply(change));
+        for change in gone {
+            self.engine.apply(change);
+        }
         self.listed.insert(source);
     }
 

@@ -41,7 +41,9 @@ impl Stage {
     }
 
     fn handle(&mut self, changes: impl IntoIterator<Item = Change>) {
-        changes.into_iter().for_each(|change| self.reconciler.handle(change));
+        for change in changes {
+            self.reconciler.handle(change);
+        }
     }
 
     /// Lists what is known.
@@ -303,7 +305,9 @@ fn faults_of_all_kinds_are_survived() {
         let mut cluster = Cluster::empty();
         let mut stage = Stage::new(Limits::default());
         let first = dice.cluster();
-        first.iter().for_each(|change| cluster.apply(change.clone()));
+        for change in &first {
+            cluster.apply(change.clone());
+        }
         stage.handle(first);
         stage.list_all();
         let mut state = seed;
@@ -317,7 +321,9 @@ fn faults_of_all_kinds_are_survived() {
         });
         for edit in 0..6 {
             let changes = dice.edit(&cluster);
-            changes.iter().for_each(|change| cluster.apply(change.clone()));
+            for change in &changes {
+                cluster.apply(change.clone());
+            }
             stage.handle(changes);
             let report = stage.sync();
             assert!(!matches!(report.failed, Some((_, FakePolicyError::Refused { .. }))), "{seed} {edit}: {report:?}");
