@@ -97,7 +97,7 @@ impl Wanted {
             let _ = writeln!(
                 script,
                 "  chain {chain} {{ type filter hook {hook} priority {priority}; policy accept; {on}{device} \"{VETH}*\" \
-                 {device} != @programmed counter drop }}"
+                 {device} != @programmed counter drop; }}"
             );
         }
         script + "}\n"
@@ -236,7 +236,7 @@ mod tests {
         let chain = |name: &str, hook: &str, priority: &str, on: &str, device: &str| {
             format!(
                 "  chain {name} {{ type filter hook {hook} priority {priority}; policy accept; {on}{device} \"veth*\" \
-                 {device} != @programmed counter drop }}\n"
+                 {device} != @programmed counter drop; }}\n"
             )
         };
         let both = |i: &str, o: &str| {

@@ -32,7 +32,9 @@ fn a_pod_that_starts_while_the_agent_is_away_is_silent() {
     assert!(!table(&stage).contains(TABLE), "without policies");
     stage.apply("z", "deny", &json!({ "podSelector": {} }));
     stage.settle();
-    Deadline::secs(20).until("the guard", || table(&stage).contains(TABLE)).expect("made");
+    Deadline::secs(20)
+        .until("the guard", || table(&stage).contains(TABLE))
+        .unwrap_or_else(|error| panic!("{error}\n{}", stage.scenario.agent(0).log_text()));
     let open = stage.scenario.cluster().pod("y-a").expect("pod");
     let other = stage.scenario.cluster().pod("x-a").expect("pod");
     assert_eq!(reaches(&other, &open), [true; 2], "those with programs");
