@@ -55,12 +55,12 @@ const TARGET_MAC: u8 = 2;
 /// The link-local address that a host makes of its MAC (RFC 4291 appendix A).
 #[inline(always)]
 pub const fn link_local(mac: &MacBytes) -> IpBytes {
-    let [a, b, c, d, e, f] = mac.0;
+    let m = mac.0;
     IpBytes([
         u32::from_ne_bytes([0xfe, 0x80, 0, 0]),
         0,
-        u32::from_ne_bytes([a ^ 2, b, c, 0xff]),
-        u32::from_ne_bytes([0xfe, d, e, f]),
+        u32::from_ne_bytes([m[0] ^ 2, m[1], m[2], 0xff]),
+        u32::from_ne_bytes([0xfe, m[3], m[4], m[5]]),
     ])
 }
 
@@ -90,8 +90,8 @@ fn mac_at<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<(u16, u32)> {
 
 #[inline(always)]
 const fn mac_parts(mac: &MacBytes) -> (u16, u32) {
-    let [a, b, c, d, e, f] = mac.0;
-    (u16::from_ne_bytes([a, b]), u32::from_ne_bytes([c, d, e, f]))
+    let m = mac.0;
+    (u16::from_ne_bytes([m[0], m[1]]), u32::from_ne_bytes([m[2], m[3], m[4], m[5]]))
 }
 
 /// Does the frame come from the pod's own MAC?

@@ -349,7 +349,7 @@ impl Bench {
             _ => "to_pod",
         };
         let program = self.bpf.program_fd(program)?;
-        sysbpf::test_run_from(program, packet, self.ifindex(pod), ingress, 1)
+        sysbpf::test_run(program, packet, (self.ifindex(pod), ingress), 1)
             .with_context(|| format!("{hook} with {packet:02x?}"))
     }
 

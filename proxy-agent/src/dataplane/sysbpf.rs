@@ -531,20 +531,11 @@ pub struct TestRun {
     pub nanoseconds: u32,
 }
 
-/// Runs a tc program on a packet without a device (`BPF_PROG_TEST_RUN`); `ifindex` is where it claims to be.
-pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], ifindex: u32, repeat: u32) -> io::Result<TestRun> {
-    test_run_from(program, packet, ifindex, 0, repeat)
-}
+/// Interface where a packet is, and the one by which it came into the node; 0 = it was made here.
+pub type At = (u32, u32);
 
-/// The same with the interface that the packet came into the node by; 0 = it was made here. The kernel gives the packet
-/// a socket.
-pub fn test_run_from(
-    program: BorrowedFd<'_>,
-    packet: &[u8],
-    ifindex: u32,
-    ingress: u32,
-    repeat: u32,
-) -> io::Result<TestRun> {
+/// Runs a tc program on a packet without a device (`BPF_PROG_TEST_RUN`); the kernel gives it a socket.
+pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], at: At, repeat: u32) -> io::Result<TestRun> {
     #[repr(C)]
     struct Attr {
         program: u32,
@@ -565,11 +556,9 @@ pub fn test_run_from(
         pad: u32,
     }
     let mut out = vec![0_u8; packet.len() + 256];
-    // `struct __sk_buff`: `ifindex` is its eleventh word; the kernel takes it for the device of the packet. The one before
-    // is `ingress_ifindex`.
+    // `struct __sk_buff`: `ingress_ifindex`, and `ifindex`, which the kernel takes for the device of the packet.
     let mut context = [0_u32; 48];
-    context[9] = ingress;
-    context[10] = ifindex;
+    (context[10], context[9]) = at;
     let len = |n: usize| u32::try_from(n).map_err(io::Error::other);
     let mut attr = Attr {
         program: raw(program),

@@ -255,7 +255,7 @@ impl Engine {
 
     /// The same, at a time: numbers that the maps forget are used again only after the grace. `now` never goes back.
     pub fn commit_at(&mut self, now: u64, grace: u64) -> Transition {
-        if self.release(now, grace) && self.wants_room() {
+        if self.release(now, grace) && self.wants_number() {
             self.retry = true;
         }
         if !self.is_dirty() {
@@ -312,32 +312,27 @@ impl Engine {
         }
     }
 
-    /// Frees the numbers that have rested for the grace. True when there was one.
+    /// Frees the numbers that have rested for the grace. True when one of a slot, set or block was among them.
     fn release(&mut self, now: u64, grace: u64) -> bool {
+        self.partition.release_numbers(now, grace);
         let freed = [
             self.slots.release(now, grace),
             self.sets.release_numbers(now, grace),
             self.blocks.release_numbers(now, grace),
-            self.partition.release_numbers(now, grace),
         ];
         freed.contains(&true)
     }
 
-    /// Is there somebody who must do without?
-    fn wants_room(&self) -> bool {
-        let locked = self.subjects.values().any(|subject| subject.locked.is_some());
-        locked || !self.unplaced.is_empty() || !self.unslotted.is_empty()
+    /// Is there somebody who does without a number?
+    fn wants_number(&self) -> bool {
+        let wants = |subject: &Subject| matches!(subject.locked, Some(LockCause::Sets | LockCause::Blocks));
+        !self.unslotted.is_empty() || self.subjects.values().any(wants)
     }
 
-    /// When a commit may make room for those who do without one; `None` = nobody does, or nothing rests.
+    /// When a commit may give numbers to those who do without one; `None` = nobody does, or none rests.
     pub fn next_release(&self, grace: u64) -> Option<u64> {
-        let numbers = [
-            self.slots.next_release(grace),
-            self.sets.next_release(grace),
-            self.blocks.next_release(grace),
-            self.partition.next_release(grace),
-        ];
-        if self.wants_room() { numbers.into_iter().flatten().min() } else { None }
+        let numbers = [self.slots.next_release(grace), self.sets.next_release(grace), self.blocks.next_release(grace)];
+        if self.wants_number() { numbers.into_iter().flatten().min() } else { None }
     }
 
     /// The rules of one pod of this node.

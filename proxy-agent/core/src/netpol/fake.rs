@@ -184,13 +184,12 @@ impl FakePolicyMaps {
                     (known, "a port in an absent cell"),
                 ])
             }
-            Op::Cell(_, Some(_)) => None,
             Op::Cell(number, None) => first_broken([(!self.is_named_cell(*number), "a cell removed while in use")]),
             Op::Bits(key, Some(_)) => first_broken([
                 (tables.sets.contains_key(&key.set), "rules of an absent set"),
                 (self.is_cell(key.cell), "rules for an absent cell"),
             ]),
-            Op::Bits(..) => None,
+            Op::Cell(_, Some(_)) | Op::Bits(_, None) => None,
         }
     }
 

@@ -200,14 +200,11 @@ impl Partition {
         self.pools[kind.pool()].quarantine(number & !kind.mark(), now);
     }
 
-    /// Frees the numbers that have rested for the grace. True when there was one.
-    pub fn release_numbers(&mut self, now: u64, grace: u64) -> bool {
-        self.pools.iter_mut().fold(false, |freed, pool| pool.release(now, grace) || freed)
-    }
-
-    /// When that will next find something.
-    pub fn next_release(&self, grace: u64) -> Option<u64> {
-        self.pools.iter().filter_map(|pool| pool.next_release(grace)).min()
+    /// Frees the numbers that have rested for the grace.
+    pub fn release_numbers(&mut self, now: u64, grace: u64) {
+        for pool in &mut self.pools {
+            pool.release(now, grace);
+        }
     }
 
     /// Numbers that the maps held and that nothing uses.

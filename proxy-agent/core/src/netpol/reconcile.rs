@@ -96,6 +96,9 @@ pub struct PolicyReport<E> {
     pub switched: bool,
 }
 
+/// Commits of one call, at most: room that one makes is used by the next.
+const COMMITS: usize = 8;
+
 /// What is known of the maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Knowledge {
@@ -180,7 +183,9 @@ impl PolicyReconciler {
                 (PolicySource::Namespaces, gone.cloned().map(Change::NamespaceGone).collect())
             }
         };
-        gone.into_iter().for_each(|change| self.engine.apply(change));
+        for change in gone {
+            self.engine.apply(change);
+        }
         self.listed.insert(source);
     }
 
@@ -240,7 +245,7 @@ impl PolicyReconciler {
             return;
         }
         self.begun = true;
-        loop {
+        for _ in 0..COMMITS {
             if self.pending.left() == 0 {
                 let transition = self.engine.commit_at(now, self.settings.grace);
                 let ops: Vec<Op> = transition.ops().cloned().collect();
@@ -273,6 +278,9 @@ impl PolicyReconciler {
                 self.put_off(now);
                 return;
             }
+        }
+        if self.pending.left() > 0 || self.engine.is_dirty() {
+            self.retry_at = Some(now.saturating_add(self.settings.first_retry));
         }
     }
 

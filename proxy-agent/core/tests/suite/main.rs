@@ -8,6 +8,7 @@ mod facts;
 mod local;
 mod netpol_maps;
 mod netpol_random;
+mod netpol_reconcile;
 mod netpol_rows;
 mod node;
 mod properties;

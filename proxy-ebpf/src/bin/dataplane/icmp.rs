@@ -19,7 +19,7 @@ use crate::ctx::{Skb, copy, forget, write_key};
 use crate::exit::Verdict;
 use crate::maps::WORK;
 use crate::route::found;
-use crate::{flow, policy, service, tc};
+use crate::{flow, policy, send, service, tc};
 
 /// Offsets of the transport checksum that may be quoted.
 const TCP_CHECKSUM: usize = 16;
@@ -61,7 +61,8 @@ pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const Dev
     // SAFETY: as above.
     let (redirect, set_mac, mac) =
         unsafe { (forget((*work).redirect), forget(u32::from((*work).set_mac)), &(*work).mac) };
-    if set_mac == u32::from(FlowEntry::ROUTED) && tc::way_out(skb, work, device, 0, u32::from(F::ICMP.0)) == found::NONE
+    if set_mac == u32::from(FlowEntry::ROUTED)
+        && send::way_out(skb, work, device, 0, u32::from(F::ICMP.0)) == found::NONE
     {
         return (Verdict::Drop, Reason::NoRoute as u32);
     }
@@ -71,7 +72,7 @@ pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const Dev
     if !macs || forget(written) == 0 {
         return (Verdict::Drop, Reason::RewriteFailed as u32);
     }
-    let outcome = tc::send(work, redirect, set_mac, Reason::IcmpError as u32);
+    let outcome = send::send(work, redirect, set_mac, Reason::IcmpError as u32);
     (outcome.verdict, outcome.reason)
 }
 

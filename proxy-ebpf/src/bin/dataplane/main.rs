@@ -36,6 +36,8 @@ mod refuse;
 #[cfg(target_arch = "bpf")]
 mod route;
 #[cfg(target_arch = "bpf")]
+mod send;
+#[cfg(target_arch = "bpf")]
 mod service;
 #[cfg(target_arch = "bpf")]
 mod sock;

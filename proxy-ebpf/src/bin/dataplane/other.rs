@@ -57,22 +57,36 @@ extern "C" fn other_frame(skb: *mut __sk_buff, leaves: u32) -> u32 {
     frame::arp(&skb, device).unwrap_or(Reason::NotIp) as u32
 }
 
-/// May an enforced pod send a TCP, UDP or SCTP packet, or an ICMP error, with this source?
+/// May an enforced pod send this TCP, UDP or SCTP packet, or ICMP error, by its MAC and its source?
 #[inline(always)]
-pub(crate) fn is_own(skb: Skb, device: *const DeviceEntry, own: &IpBytes, src: &IpBytes) -> bool {
-    // SAFETY: a pointer into a map that was found for this packet.
-    let entry = unsafe { &*device };
-    let (a, b) = (own.halves(), src.halves());
-    let address = (a.0 ^ b.0) | (a.1 ^ b.1) == 0 && a.0 | a.1 != 0;
-    frame::is_from(&skb, entry) && (address || other_is_own(device, src) != 0)
+pub(crate) fn is_own<F: Family>(skb: Skb, device: *const DeviceEntry) -> bool {
+    let own = if F::HEADER_CHECKSUM.is_some() { other_own_v4(skb.0, device) } else { other_own_v6(skb.0, device) };
+    own != 0
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn other_is_own(device: *const DeviceEntry, ip: *const IpBytes) -> u32 {
-    // SAFETY: the caller's: the stack, or a pointer into a map that was found for this packet.
-    let (Some(device), Some(ip)) = (unsafe { (device.as_ref(), ip.as_ref()) }) else { return 0 };
-    u32::from(frame::is_own(device, ip))
+extern "C" fn other_own_v4(skb: *mut __sk_buff, device: *const DeviceEntry) -> u32 {
+    let skb = Skb(skb);
+    let source = skb.word(V4::SRC).map(IpBytes::from_v4_word);
+    // SAFETY: a pointer into a map that was found for this packet.
+    let (Some(device), Some(source)) = (unsafe { device.as_ref() }, source) else { return 0 };
+    u32::from(frame::is_from(&skb, device) && frame::is_own(device, &source))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn other_own_v6(skb: *mut __sk_buff, device: *const DeviceEntry) -> u32 {
+    let skb = Skb(skb);
+    // SAFETY: a pointer into a map that was found for this packet.
+    let (Some(device), Some(source)) = (unsafe { device.as_ref() }, source_v6(skb)) else { return 0 };
+    u32::from(frame::is_from(&skb, device) && frame::is_own(device, &source))
+}
+
+#[inline(always)]
+fn source_v6(skb: Skb) -> Option<IpBytes> {
+    let word = |part| skb.word(V6::SRC + part);
+    Some(IpBytes([word(0)?, word(4)?, word(8)?, word(12)?]))
 }
 
 /// An IP packet that is none of TCP, UDP and SCTP, nor an error about a flow; a reason, which says whether it is dropped.
@@ -143,7 +157,6 @@ extern "C" fn other_v6(skb: *mut __sk_buff, device: *const DeviceEntry, leaves: 
 fn other<F: Family>(skb: Skb, device: *const DeviceEntry, leaves: bool) -> u32 {
     // SAFETY: a pointer into a map that was found for this packet; and this CPU's entry of the map `work`, which nobody
     // else uses now.
-    let Some(entry) = (unsafe { device.as_ref() }) else { return Reason::NoDevice as u32 };
     let Some(work) = WORK.get_ptr_mut(0) else { return Reason::PolicyUnready as u32 };
     let plan = unsafe { &mut *work };
     let Ok(header) = F::parse_header(&skb) else { return Reason::FrameUnparsed as u32 };
@@ -177,7 +190,7 @@ fn other<F: Family>(skb: Skb, device: *const DeviceEntry, leaves: bool) -> u32 {
             }
         }
     }
-    if leaves && (!frame::is_from(&skb, entry) || other_is_own(device, &plan.entry.original.src) == 0) {
+    if leaves && !is_own::<F>(skb, device) {
         return Reason::FrameSource as u32;
     }
     plan.entry.original.src_port = PortBe(forget(u32::from(from)) as u16);
@@ -221,10 +234,9 @@ extern "C" fn other_link_message(skb: *mut __sk_buff, device: *const DeviceEntry
     if !frame::is_from(&skb, device) {
         return Reason::FrameSource as u32;
     }
-    let words = [0, 4, 8, 12].map(|part| skb.word(V6::SRC + part));
-    let [Some(a), Some(b), Some(c), Some(d)] = words else { return Reason::FrameUnparsed as u32 };
+    let Some(src) = source_v6(skb) else { return Reason::FrameUnparsed as u32 };
     let fragmented = read & how::FRAGMENT != 0;
-    let message = Message { src: IpBytes([a, b, c, d]), at: read >> 8 & how::PLACE, kind: message_kind, fragmented };
+    let message = Message { src, at: read >> 8 & how::PLACE, kind: message_kind, fragmented };
     frame::link_message(&skb, device, &message).unwrap_or(Reason::OtherProtocol) as u32
 }
 

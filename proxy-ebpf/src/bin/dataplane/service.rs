@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST};
 use proxy_abi::flow::{provenance, state};
-use proxy_abi::{DeviceEntry, FlowEntry, FlowKey, FrontendEntry, MacBytes, Proto, Reason, Stamp, Work};
+use proxy_abi::{DeviceEntry, FlowEntry, FlowKey, FrontendEntry, MacBytes, Proto, Reason, Work};
 use proxy_ebpf::packet::Parsed;
 use proxy_ebpf::{balance, conntrack};
 
@@ -73,11 +73,10 @@ impl Meta {
 /// Fills in a direct flow with the tuple in `original`: the same for both sides.
 #[inline(always)]
 fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) {
-    const NONE: Stamp = Stamp { revision: 0, rule: 0 };
     const NOBODY: MacBytes = MacBytes([0; 6]);
     copy(&mut entry.translated, &entry.original);
-    copy(&mut entry.initiator_stamp, &NONE);
-    copy(&mut entry.responder_stamp, &NONE);
+    (entry.initiator_stamp.revision, entry.initiator_stamp.rule) = (0, 0);
+    (entry.responder_stamp.revision, entry.responder_stamp.rule) = (0, 0);
     entry.initiator_slot = 0;
     entry.responder_slot = 0;
     entry.last_seen = flow::now();

@@ -118,16 +118,16 @@ fn measure(bpf: &mut Bpf, node: &Node, client: &Pod, server: &Pod, rounds: usize
     ];
     let lives = report_life(bpf, nothing, &life, rounds)?;
     for number in 0..FLOWS {
-        test_run(from_pod, &up(number, syn, 0), near, 1)?;
-        test_run(from_pod, &down(number, syn | ack, 0), far, 1)?;
-        test_run(from_pod, &up(number, ack, 0), near, 1)?;
+        test_run(from_pod, &up(number, syn, 0), (near, 0), 1)?;
+        test_run(from_pod, &down(number, syn | ack, 0), (far, 0), 1)?;
+        test_run(from_pod, &up(number, ack, 0), (near, 0), 1)?;
     }
     let live = bpf.maps().flow_live.read()?.len();
     ensure!(live == 2 * usize::from(FLOWS), "{live} entries of established flows, not two for each of {FLOWS}");
 
     // What arrives at the backend's veth has been translated by the first hook already.
     let translated =
-        |number: u16| test_run(from_pod, &up(number, tcp_flag::ACK, PAYLOAD), near, 1).map(|run| run.packet);
+        |number: u16| test_run(from_pod, &up(number, tcp_flag::ACK, PAYLOAD), (near, 0), 1).map(|run| run.packet);
     let order = || {
         let mut numbers: Vec<u16> = (0..FLOWS).collect();
         fastrand::shuffle(&mut numbers);
@@ -234,7 +234,7 @@ fn report(bpf: &Bpf, nothing: BorrowedFd<'_>, cases: &[Case], rounds: usize) -> 
 fn average(program: BorrowedFd<'_>, frames: &[&[u8]], ifindex: u32) -> Result<f64> {
     let mut total = 0_u64;
     for frame in frames {
-        total += u64::from(test_run(program, frame, ifindex, 1)?.nanoseconds);
+        total += u64::from(test_run(program, frame, (ifindex, 0), 1)?.nanoseconds);
     }
     #[expect(clippy::cast_precision_loss, reason = "seconds in nanoseconds, far below 2^52")]
     Ok(total as f64 / crate::stats::count(frames.len()))

@@ -12,7 +12,7 @@ use proxy_abi::policy::{
 use super::super::digest;
 use super::super::partition::Kind;
 use super::super::predicate::Element;
-use super::super::tables::{Op, prefix_key, prefix_net};
+use super::super::tables::{Op, PolicyTables, prefix_key, prefix_net};
 use super::sets::Piece;
 use super::{Engine, Transition};
 
@@ -22,6 +22,11 @@ fn gone<'a, K: Ord + Copy, V>(
     wanted: impl Fn(&K) -> bool + 'a,
 ) -> impl Iterator<Item = K> + 'a {
     held.keys().copied().filter(move |key| !wanted(key))
+}
+
+/// Entries of the maps that may be too small.
+fn room_taken(tables: &PolicyTables) -> [usize; 5] {
+    [tables.sets.len(), tables.cells.len(), tables.bits.len(), tables.prefixes.len(), tables.ips.len()]
 }
 
 /// A word in which one side has this cell and the other keeps what it has.
@@ -296,6 +301,7 @@ impl Engine {
 
     /// Takes a transition as done. The numbers that it removes from the maps rest from now on.
     pub(super) fn install(&mut self, transition: &Transition, now: u64) {
+        let before = room_taken(&self.tables);
         for op in transition.ops() {
             match op {
                 Op::Bits(key, Some(_)) => drop(self.bits_of.entry(key.cell).or_default().insert(key.set)),
@@ -320,9 +326,8 @@ impl Engine {
         self.partition.take_found();
         self.found_slots.clear();
         self.full = false;
-        let freed =
-            |op: &Op| matches!(op, Op::Set(_, None) | Op::Cell(_, None) | Op::Bits(_, None) | Op::Prefix(_, None));
         let locked = self.subjects.values().any(|subject| subject.locked.is_some()) || !self.unplaced.is_empty();
-        self.retry = locked && transition.settle.iter().any(freed);
+        // Less than before, and not only other numbers for the same: or what does not fit would be tried for ever.
+        self.retry = locked && room_taken(&self.tables).into_iter().zip(before).any(|(now, before)| now < before);
     }
 }
