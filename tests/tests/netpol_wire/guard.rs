@@ -47,7 +47,8 @@ fn a_pod_that_starts_while_the_agent_is_away_is_silent() {
 
     // It is the guard that keeps it silent.
     stage.scenario.node(0).run("nft", &["delete", "table", "bridge", TABLE]).expect("deleted");
-    assert_eq!((reaches(&new, &open), reaches(&open, &new)), ([true; 2], [true; 2]), "without it");
+    let both = || reaches(&new, &open) == [true; 2] && reaches(&open, &new) == [true; 2];
+    Deadline::secs(30).until("they reach each other without it", both).expect("reached");
 
     stage.scenario.manifests().write(&PodObject::of(&new)).expect("written");
     stage.scenario.agent_mut(0).launch_unchecked().expect("started");
