@@ -23,7 +23,7 @@ use crate::kubeproxy::{Settings, sysctl};
 use crate::node::binding::Previous;
 use crate::node::classify::NamePattern;
 use crate::node::cni::Records;
-use crate::node::{self, Inputs, cni, conntrack};
+use crate::node::{self, Inputs, cni, conntrack, guard};
 use crate::serve::listen::{self, Own};
 use crate::serve::metrics::Packets;
 use crate::serve::service::Addresses;
@@ -51,6 +51,8 @@ pub struct Config {
     pub pod_bridges: Vec<NamePattern>,
     /// Where the CNI's records are.
     pub cni_results: PathBuf,
+    /// Keep veths without programs silent.
+    pub bridge_guard: bool,
     /// Where the kernel's settings of conntrack are; `None` leaves them.
     pub conntrack_settings: Option<PathBuf>,
     /// What kube-proxy's configuration decides.
@@ -74,8 +76,17 @@ const METRICS_SERVER: Own =
 pub async fn run(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let Config { source, node_name, dataplane, pod_bridges, cni_results, conntrack_settings, settings, reload } =
-        config;
+    let Config {
+        source,
+        node_name,
+        dataplane,
+        pod_bridges,
+        cni_results,
+        bridge_guard,
+        conntrack_settings,
+        settings,
+        reload,
+    } = config;
     if let Some(directory) = &conntrack_settings {
         sysctl::apply(directory, &sysctl::wanted(&settings));
     }
@@ -119,7 +130,11 @@ pub async fn run(config: Config) -> Result<()> {
     let inquiries = inquiries(&dataplane.pin_root);
     let world = World { node: node_tx, facts, addresses, devices: BTreeMap::new(), health, metrics, notices };
     let policies = Policies::new(&node_name, records);
-    let rounds = Rounds::new(bpf, world, policies, settings);
+    let guarded = bridge_guard.then(|| links.devices());
+    if let Some(removed) = (!bridge_guard).then(guard::remove_if_there).flatten() {
+        tracing::info!("{removed} is removed: --bridge-guard is not given");
+    }
+    let rounds = Rounds::new(bpf, world, policies, settings, guarded);
     let mut reconciler = tokio::spawn(async move { rounds.run(&mut inbox, inquiries).await });
     let reloaded = async {
         match reload {

@@ -17,7 +17,7 @@ use crate::kubeproxy::reload::Reload;
 use crate::kubeproxy::value::{ExternalIps, LogFormat};
 use crate::kubeproxy::{Flags, Settings};
 use crate::node::classify::NamePattern;
-use crate::node::cni;
+use crate::node::{cni, guard};
 use crate::view::explain::{Target, explain};
 use crate::view::flow::{self, FlowFilter};
 use crate::view::{self, Format};
@@ -236,6 +236,10 @@ struct RunArgs {
     /// any other address.
     #[arg(long)]
     allow_pods_to_node: bool,
+    /// Where NetworkPolicies are in force: keep veths of pod bridges silent that have no programs yet, by a table of nftables
+    /// that stays while the agent is away. Needs `nft`.
+    #[arg(long)]
+    bridge_guard: bool,
     /// What becomes of externalIPs of Services: all, none, or only those in these ranges.
     #[arg(long, value_name = "all|none|CIDR[,CIDR]")]
     external_ips: Option<ExternalIps>,
@@ -307,7 +311,9 @@ impl Cli {
                 Ok(ExitCode::SUCCESS)
             }
             Command::Cleanup(args) => {
-                view::lines(&dataplane::cleanup(&args.pins.pin_root)?, "nothing of proxy-agent is here");
+                let mut removed = dataplane::cleanup(&args.pins.pin_root)?;
+                removed.extend(guard::remove_if_there());
+                view::lines(&removed, "nothing of proxy-agent is here");
                 Ok(ExitCode::SUCCESS)
             }
         }
@@ -331,6 +337,7 @@ fn run(args: RunArgs) -> Result<()> {
         pod_bridge,
         cni_results,
         allow_pods_to_node,
+        bridge_guard,
         external_ips,
         flow_live_entries,
         flow_brief_entries,
@@ -372,6 +379,7 @@ fn run(args: RunArgs) -> Result<()> {
         },
         pod_bridges: pod_bridge,
         cni_results,
+        bridge_guard,
         conntrack_settings,
         reload: file.map(|file| Reload::new(file, flags, external_ips, settings.clone())),
         settings,

@@ -27,6 +27,7 @@ pub mod check;
 pub mod classify;
 pub mod cni;
 pub mod conntrack;
+pub mod guard;
 pub mod netlink;
 pub mod path;
 mod report;

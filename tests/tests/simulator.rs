@@ -456,10 +456,11 @@ fn an_agent_runs_in_its_node_and_ends_with_its_handle() {
     let (first, pins) = (agent.pid().expect("running"), agent.pin_root().to_owned());
     assert_eq!(agent.get("/metrics").expect("answer"), (200, "body".to_owned()));
     let arguments = format!(
-        "run in {}: run --source dir:{} --node-name node1 --pin-root {} --extra x",
+        "run in {}: run --source dir:{} --node-name node1 --pin-root {} --cni-results {} --extra x",
         inside.display(),
         cluster.manifest_dir().display(),
-        pins.display()
+        pins.display(),
+        node.cni_results_dir().display()
     );
     // Its health is somebody else's here, so it is answered before the program has said a word.
     let noted = |agent: &Agent, times| {

@@ -1,6 +1,7 @@
 //! The rounds of the one task that owns the cluster state and writes to the kernel.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
@@ -8,7 +9,7 @@ use proxy_core::event::Event;
 use proxy_core::facts::Facts;
 use proxy_core::netpol::reconcile::PolicyReport;
 use proxy_core::reconcile::{self, Reconciler};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::answer::answer;
 use super::policies::Policies;
@@ -16,6 +17,8 @@ use super::world::World;
 use crate::ask::listen::Inquiry;
 use crate::dataplane::{self, Bpf};
 use crate::kubeproxy::Settings;
+use crate::node::NodeDevices;
+use crate::node::guard::{self, Guard, Wanted};
 use crate::serve::Notice;
 use crate::serve::metrics::PolicyRound;
 use crate::sockets::StaleSockets;
@@ -48,10 +51,19 @@ pub(super) struct Rounds {
     not_before: Instant,
     /// When Services are due again, as of their last round.
     services_due: Option<u64>,
+    /// The node's interfaces, where veths without programs are to be kept silent.
+    guarded: Option<watch::Receiver<NodeDevices>>,
+    guard: Guard,
 }
 
 impl Rounds {
-    pub(super) fn new(bpf: Bpf, world: World, policies: Policies, settings: Settings) -> Self {
+    pub(super) fn new(
+        bpf: Bpf,
+        world: World,
+        policies: Policies,
+        settings: Settings,
+        guarded: Option<watch::Receiver<NodeDevices>>,
+    ) -> Self {
         let policy = settings.policy.clone();
         let start = Instant::now();
         Self {
@@ -69,6 +81,8 @@ impl Rounds {
             found: false,
             not_before: start,
             services_due: None,
+            guarded,
+            guard: Guard::default(),
         }
     }
 
@@ -98,6 +112,7 @@ impl Rounds {
                     drop(inquiry.reply.send(answer));
                     continue;
                 }
+                () = changed(&mut self.guarded) => {}
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
             for event in burst.drain(..) {
@@ -109,6 +124,7 @@ impl Rounds {
             }
             let policy_due = self.sync_policy();
             self.sync_services();
+            self.keep_guard();
             let due = [policy_due, self.services_due].into_iter().flatten().min();
             retry_at = due.map(|at| self.start + Duration::from_millis(at));
         }
@@ -166,6 +182,19 @@ impl Rounds {
         });
     }
 
+    /// Veths that have no programs yet are silent. Those that the maps are not certain to have stay as they were.
+    fn keep_guard(&mut self) {
+        let Some(devices) = &self.guarded else { return };
+        if !self.policies.known() || !self.reconciler.settled() {
+            return;
+        }
+        let programmed = self.reconciler.state().links().map(|link| Arc::clone(&link.name)).collect();
+        let wanted = self.policies.enforces().then(|| Wanted::of(&devices.borrow(), programmed));
+        let Some(kept) = self.guard.keep(wanted) else { return };
+        let findings = kept.err().iter().map(guard::diagnostic).collect();
+        self.waiting |= self.reconciler.handle(Event::Diagnostics { object: guard::object(), findings });
+    }
+
     /// Services and interfaces.
     fn sync_services(&mut self) {
         if !self.policies.known() {
@@ -213,6 +242,17 @@ impl Rounds {
         if report.applied > 0 {
             tracing::debug!(applied = report.applied, pending = report.pending, "synced");
         }
+    }
+}
+
+/// Waits until the interfaces are others, where anybody asks.
+async fn changed(devices: &mut Option<watch::Receiver<NodeDevices>>) {
+    let changed = match devices {
+        Some(devices) => devices.changed().await.is_ok(),
+        None => false,
+    };
+    if !changed {
+        std::future::pending::<()>().await;
     }
 }
 

@@ -174,8 +174,8 @@ fn collection_of(object: &Value) -> String {
     let field = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let version = field(&object["apiVersion"]);
     let root = if version.contains('/') { "/apis" } else { "/api" };
-    // Every kind that the tests use has the plain plural.
-    let plural = field(&object["kind"]).to_lowercase() + "s";
+    let kind = field(&object["kind"]).to_lowercase();
+    let plural = kind.strip_suffix('y').map_or_else(|| format!("{kind}s"), |stem| format!("{stem}ies"));
     match object["metadata"]["namespace"].as_str() {
         Some(namespace) => format!("{root}/{version}/namespaces/{namespace}/{plural}"),
         None => format!("{root}/{version}/{plural}"),
@@ -197,6 +197,10 @@ mod tests {
             (
                 object("discovery.k8s.io/v1", "EndpointSlice", json!({ "namespace": "a", "name": "b" })),
                 "/apis/discovery.k8s.io/v1/namespaces/a/endpointslices/b",
+            ),
+            (
+                object("networking.k8s.io/v1", "NetworkPolicy", json!({ "namespace": "a", "name": "b" })),
+                "/apis/networking.k8s.io/v1/namespaces/a/networkpolicies/b",
             ),
             (
                 object("rbac.authorization.k8s.io/v1", "ClusterRole", json!({ "name": "r" })),

@@ -1,6 +1,7 @@
 //! NetworkPolicy on simulated nodes: real agents, real packets, records of the CNI as containerd writes them.
 
 mod command;
+mod guard;
 mod live;
 mod prober;
 mod scenarios;

@@ -49,6 +49,11 @@ pub(crate) struct Expect {
 impl Stage {
     /// With agents that run.
     pub(crate) fn build() -> Self {
+        Self::with(&[])
+    }
+
+    /// With agents that run with these further arguments.
+    pub(crate) fn with(args: &[&str]) -> Self {
         let node = |(name, pods): &(&str, &[&str])| {
             let pod = |name: &&str| {
                 let (namespace, pod) = name.split_once('-').expect("NAMESPACE-POD");
@@ -88,7 +93,7 @@ impl Stage {
             manifests.write(&service).expect("written");
             pods.insert(pod.name().to_owned(), object);
         }
-        scenario.start_agents(&[]).expect("agents");
+        scenario.start_agents(args).expect("agents");
         Self { servers, scenario, pods, policies: BTreeSet::new() }
     }
 

@@ -1,0 +1,251 @@
+//! Keeps veths silent that have no programs: a pod that starts while the agent is away, or before the agent has seen it.
+//!
+//! ```text
+//!   table bridge proxy_agent_guard          stays in the kernel when the agent goes
+//!     set programmed                        host ends of pods that have programs: kept by the agent
+//!     prerouting   from a pod bridge, from veth*, not in the set ─▶ drop
+//!     postrouting  to a pod bridge, to veth*, not in the set ─▶ drop
+//! ```
+//!
+//! Only where NetworkPolicies are in force, and only when asked for. It is the one thing here that uses netfilter, and the
+//! bridge's own hooks: `br_netfilter` has nothing to do with it. It touches pod bridges alone: a kernel that cannot name
+//! the bridge of a frame (`nft_meta_bridge`) gets the guard only as long as no other bridge of the node has veths.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use proxy_core::diagnostic::{Diagnostic, Severity};
+
+use super::NodeDevices;
+use super::classify::Role;
+
+/// Name of the table, in the family of bridges.
+pub const TABLE: &str = "proxy_agent_guard";
+/// What the host ends of pods are called by every CNI of bridges.
+const VETH: &str = "veth";
+
+/// What the guard is to know.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Pod bridges.
+    bridges: BTreeSet<Arc<str>>,
+    /// Host ends that have programs.
+    programmed: BTreeSet<Arc<str>>,
+    /// A veth of another bridge, when there is one.
+    foreign: Option<Arc<str>>,
+}
+
+/// The guard of this network namespace.
+#[derive(Debug, Default)]
+pub struct Guard {
+    /// What it was last made for, or was to be made for: `None` = there was to be none.
+    tried: Option<Wanted>,
+    /// Can the kernel name the bridge of a frame? Not known before it was tried.
+    names_bridges: Option<bool>,
+}
+
+/// Why there is no guard.
+#[derive(Debug, thiserror::Error)]
+pub enum GuardError {
+    /// No such program.
+    #[error("nft cannot be run: {0}")]
+    NoNft(#[from] std::io::Error),
+    /// It, or the kernel, refuses.
+    #[error("nft refuses: {0}")]
+    Refused(String),
+    /// The guard would silence what is none of ours.
+    #[error(
+        "this kernel cannot tell frames of pod bridges from others (nft_meta_bridge), and {0} is on another bridge"
+    )]
+    Foreign(Arc<str>),
+}
+
+impl Wanted {
+    /// For these interfaces of the node, of which these have programs.
+    pub fn of(devices: &NodeDevices, programmed: BTreeSet<Arc<str>>) -> Self {
+        let named = |role| {
+            let all = devices.devices.iter().filter(move |device| device.role == role);
+            all.map(|device| Arc::clone(&device.name))
+        };
+        let foreign = named(Role::Port).find(|name| name.starts_with(VETH));
+        Self { bridges: named(Role::PodBridge).collect(), programmed, foreign }
+    }
+
+    /// The whole table anew, in one transaction.
+    fn script(&self, names_bridges: bool) -> String {
+        let list =
+            |names: &BTreeSet<Arc<str>>| names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+        let elements = if self.programmed.is_empty() {
+            String::new()
+        } else {
+            format!(" elements = {{ {} }};", list(&self.programmed))
+        };
+        let mut script = format!(
+            "add table bridge {TABLE}\ndelete table bridge {TABLE}\ntable bridge {TABLE} {{\n  set programmed {{ type \
+             ifname;{elements} }}\n"
+        );
+        for (chain, hook, priority, bridge, device) in [
+            ("from_pods", "prerouting", "-300", "ibrname", "iifname"),
+            ("to_pods", "postrouting", "300", "obrname", "oifname"),
+        ] {
+            let on =
+                if names_bridges { format!("meta {bridge} {{ {} }} ", list(&self.bridges)) } else { String::new() };
+            // Writing to a String does not fail.
+            let _ = writeln!(
+                script,
+                "  chain {chain} {{ type filter hook {hook} priority {priority}; policy accept; {on}{device} \"{VETH}*\" \
+                 {device} != @programmed counter drop; }}"
+            );
+        }
+        script + "}\n"
+    }
+}
+
+impl Guard {
+    /// Makes it what is wanted; `None` = there is to be none. Gives nothing when that is what was tried last.
+    pub fn keep(&mut self, wanted: Option<Wanted>) -> Option<Result<(), GuardError>> {
+        let wanted = wanted.filter(|wanted| !wanted.bridges.is_empty());
+        if self.tried == wanted {
+            return None;
+        }
+        self.tried.clone_from(&wanted);
+        Some(wanted.map_or_else(remove, |wanted| self.make(&wanted)))
+    }
+
+    fn make(&mut self, wanted: &Wanted) -> Result<(), GuardError> {
+        if self.names_bridges != Some(false) {
+            match nft(&wanted.script(true)) {
+                Err(GuardError::Refused(_)) if self.names_bridges.is_none() => self.names_bridges = Some(false),
+                result => {
+                    self.names_bridges = self.names_bridges.or(result.is_ok().then_some(true));
+                    return result;
+                }
+            }
+        }
+        if let Some(foreign) = &wanted.foreign {
+            remove()?;
+            return Err(GuardError::Foreign(Arc::clone(foreign)));
+        }
+        nft(&wanted.script(false))
+    }
+}
+
+/// Removes the table; what is not there is removed already.
+pub fn remove() -> Result<(), GuardError> {
+    nft(&format!("add table bridge {TABLE}\ndelete table bridge {TABLE}\n"))
+}
+
+/// Removes the table where there is one; a line that says so.
+pub fn remove_if_there() -> Option<String> {
+    let mut list = Command::new("nft");
+    list.args(["list", "table", "bridge", TABLE]).stdout(Stdio::null()).stderr(Stdio::null());
+    let there = list.status().is_ok_and(|status| status.success());
+    (there && remove().is_ok()).then(|| format!("nftables table bridge {TABLE}"))
+}
+
+/// What is to be said about a guard that cannot be.
+pub fn diagnostic(error: &GuardError) -> Diagnostic {
+    Diagnostic {
+        severity: Severity::Warning,
+        object: object(),
+        field: String::new(),
+        problem: error.to_string(),
+        fix: "a pod that starts while the agent is away is not isolated until it is back; see --bridge-guard"
+            .to_owned(),
+    }
+}
+
+/// The name under which it is reported.
+pub fn object() -> String {
+    "Bridge guard".to_owned()
+}
+
+fn nft(script: &str) -> Result<(), GuardError> {
+    let mut child = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(script.as_bytes())?;
+    }
+    let output = child.wait_with_output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let first = said.lines().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
+    Err(GuardError::Refused(first.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use proxy_abi::MacBytes;
+
+    use super::super::NodeDevice;
+    use super::*;
+
+    fn device(name: &str, role: Role) -> NodeDevice {
+        NodeDevice {
+            ifindex: 1,
+            name: name.into(),
+            kind: "veth".into(),
+            role,
+            mac: MacBytes::default(),
+            mtu: 1500,
+            up: true,
+            addresses: vec![],
+        }
+    }
+
+    fn names(names: &[&str]) -> BTreeSet<Arc<str>> {
+        names.iter().map(|name| Arc::from(*name)).collect()
+    }
+
+    #[test]
+    fn what_is_wanted_follows_from_the_interfaces() {
+        let all = [
+            ("cni0", Role::PodBridge),
+            ("veth1", Role::Pod),
+            ("docker0", Role::Bridge),
+            ("tap0", Role::Port),
+            ("veth9", Role::Port),
+            ("eth0", Role::Uplink),
+        ];
+        let devices =
+            |n: usize| NodeDevices { devices: all[..n].iter().map(|(name, role)| device(name, *role)).collect() };
+        let wanted = |foreign: Option<&str>| Wanted {
+            bridges: names(&["cni0"]),
+            programmed: names(&["veth1"]),
+            foreign: foreign.map(Arc::from),
+        };
+        assert_eq!(Wanted::of(&devices(4), names(&["veth1"])), wanted(None));
+        assert_eq!(Wanted::of(&devices(6), names(&["veth1"])), wanted(Some("veth9")));
+        assert_eq!(Wanted::of(&devices(0), BTreeSet::new()), Wanted::default());
+    }
+
+    #[test]
+    fn the_table_is_made_in_one_transaction() {
+        let wanted = Wanted { bridges: names(&["cni0"]), programmed: names(&["veth1", "veth2"]), foreign: None };
+        let head = "add table bridge proxy_agent_guard\ndelete table bridge proxy_agent_guard\ntable bridge \
+                    proxy_agent_guard {\n  set programmed { type ifname; elements = { \"veth1\", \"veth2\" }; }\n";
+        let chain = |name: &str, hook: &str, priority: &str, on: &str, device: &str| {
+            format!(
+                "  chain {name} {{ type filter hook {hook} priority {priority}; policy accept; {on}{device} \"veth*\" \
+                 {device} != @programmed counter drop; }}\n"
+            )
+        };
+        let both = |i: &str, o: &str| {
+            let chains = chain("from_pods", "prerouting", "-300", i, "iifname");
+            format!("{head}{chains}{}}}\n", chain("to_pods", "postrouting", "300", o, "oifname"))
+        };
+        assert_eq!(wanted.script(false), both("", ""));
+        assert_eq!(wanted.script(true), both("meta ibrname { \"cni0\" } ", "meta obrname { \"cni0\" } "));
+        let none = Wanted { programmed: BTreeSet::new(), ..wanted };
+        assert!(none.script(false).contains("set programmed { type ifname; }\n"));
+    }
+}
