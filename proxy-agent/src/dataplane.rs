@@ -18,6 +18,7 @@ pub mod attach;
 pub mod describe;
 pub mod map;
 pub mod pins;
+pub mod probes;
 pub mod sizing;
 pub mod sweep;
 pub mod sysbpf;
@@ -341,8 +342,13 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
     loader.override_global("NETNS_COOKIE", &cookie, true);
     loader.override_global("SET_RETVAL", &set_retval, true);
     loader.override_global("POD_QUOTA", &config.pod_quota, true);
+    let tracing = u32::from(!is_memory_hidden());
+    loader.override_global("TRACING", &tracing, true);
     for layout in pins::LAYOUTS {
         loader.map_pin_path(layout.name, directory.join(layout.name));
+    }
+    for name in proxy_abi::trace::map::ALL {
+        loader.map_pin_path(name, directory.join(name));
     }
     loader.map_max_entries(map_name::FLOW_LIVE, config.flow_live);
     loader.map_max_entries(map_name::FLOW_BRIEF, config.flow_brief);
@@ -360,6 +366,11 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
         }
     }
     Ok(ebpf)
+}
+
+/// Must programs not read the kernel's memory here, not even for tracing?
+fn is_memory_hidden() -> bool {
+    std::fs::read_to_string("/sys/kernel/security/lockdown").is_ok_and(|text| text.contains("[confidentiality]"))
 }
 
 /// The row of an array map that says "nothing here".

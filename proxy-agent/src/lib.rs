@@ -7,6 +7,7 @@
 //!
 //!   cli ─▶ kubeproxy: its configuration and flags, its leavings
 //!   cli ─▶ view: tables for people and programs, from the pinned maps alone
+//!   cli ─▶ trace: packets on their way, from probes that live as long as the command
 //! ```
 
 pub mod app;
@@ -18,4 +19,5 @@ pub mod kubeproxy;
 pub mod node;
 pub mod serve;
 pub mod sockets;
+pub mod trace;
 pub mod view;
