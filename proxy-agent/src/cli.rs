@@ -17,6 +17,7 @@ use crate::kubeproxy::reload::Reload;
 use crate::kubeproxy::value::{ExternalIps, LogFormat};
 use crate::kubeproxy::{Flags, Settings};
 use crate::node::classify::NamePattern;
+use crate::trace::command::TraceArgs;
 use crate::view::flow::{self, FlowFilter};
 use crate::view::{self, Format};
 use crate::{app, check};
@@ -45,6 +46,8 @@ enum Command {
     Flow(FlowArgs),
     /// Pod interfaces.
     Device(ListArgs),
+    /// Packets on their way through the node: what was decided, what netfilter did, where and why they were dropped.
+    Trace(Box<TraceArgs>),
     /// Detach everything and remove every pin. Connections through Services end. With --kube-proxy: remove what
     /// kube-proxy left, and nothing of this agent.
     Cleanup(CleanupArgs),
@@ -259,6 +262,7 @@ impl Cli {
                 flow::flush(&view.pins.pin_root, view.output, &filter, all).map(|()| ExitCode::SUCCESS)
             }
             Command::Device(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::devices),
+            Command::Trace(args) => Ok(args.run()),
             Command::Cleanup(CleanupArgs { kube_proxy: true, dry_run, force, healthz, pins: _, keep_flows: _ }) => {
                 view::lines(&Cleanup { healthz, force, dry_run }.run()?, "nothing of kube-proxy is here");
                 Ok(ExitCode::SUCCESS)

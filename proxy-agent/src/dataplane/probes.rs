@@ -113,7 +113,6 @@ pub struct Cost {
 }
 
 /// Loaded and attached probes.
-#[derive(Debug)]
 pub struct Probes {
     ebpf: Ebpf,
     decisions: Option<RingBuf<MapData>>,
@@ -124,6 +123,12 @@ pub struct Probes {
     lost_before: u64,
     programs: &'static [(&'static str, &'static str)],
     _lock: Flock<File>,
+}
+
+impl std::fmt::Debug for Probes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Probes").field("programs", &self.programs).field("shared", &self.shared).finish_non_exhaustive()
+    }
 }
 
 fn map_error(map: &'static str) -> impl FnOnce(aya::maps::MapError) -> ProbeError {
@@ -234,7 +239,7 @@ impl Probes {
     /// [`ProbeError::Map`], also when there are more ends than room.
     pub fn follow(&mut self, filter: &TraceFilter, ends: &[(TraceEnd, u32)], rows: &[TraceRow]) -> Result<(), ProbeError> {
         let off = TraceFilter { flags: 0, ..*filter };
-        self.array("trace_filter")?.set(0, off, 0).map_err(map_error("trace_filter"))?;
+        self.array::<TraceFilter>("trace_filter")?.set(0, off, 0).map_err(map_error("trace_filter"))?;
         let mut map = self.hash::<TraceEnd, u32>("trace_end")?;
         for (end, sides) in ends {
             map.insert(end, sides, 0).map_err(map_error("trace_end"))?;
@@ -243,7 +248,7 @@ impl Probes {
         for (index, row) in (0..trace::ROWS).zip(rows) {
             map.set(index, row, 0).map_err(map_error("trace_row"))?;
         }
-        self.array("trace_filter")?.set(0, filter, 0).map_err(map_error("trace_filter"))
+        self.array::<TraceFilter>("trace_filter")?.set(0, filter, 0).map_err(map_error("trace_filter"))
     }
 
     /// The programs of the dataplane tell their decisions until then (CLOCK_MONOTONIC, nanoseconds; 0 = no more).
@@ -254,7 +259,7 @@ impl Probes {
         let head_offset = self.head_offset;
         let now = self.control()?;
         let control = TraceControl { until, head_offset, ..now };
-        self.array("trace")?.set(0, control, 0).map_err(map_error("trace"))
+        self.array::<TraceControl>("trace")?.set(0, control, 0).map_err(map_error("trace"))
     }
 
     fn control(&mut self) -> Result<TraceControl, ProbeError> {
