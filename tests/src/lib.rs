@@ -39,6 +39,7 @@ pub mod packet;
 pub mod pod;
 pub mod rawsock;
 pub mod scenario;
+pub mod tracer;
 pub mod traffic;
 pub mod underlay;
 

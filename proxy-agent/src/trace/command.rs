@@ -117,9 +117,6 @@ struct LiveArgs {
     /// Mebibytes of the buffer for events.
     #[arg(long = "buf", default_value_t = 8)]
     buffer: u32,
-    /// Kernel functions that led to each queue and drop (ndjson).
-    #[arg(long)]
-    stack: bool,
     /// Form of the output.
     #[arg(short = 'o', long = "output", value_enum, default_value_t = Form::Tree)]
     form: Form,
@@ -273,7 +270,6 @@ fn follow(args: &LiveArgs) -> Result<Outcome, TraceError> {
         least: args.min_latency.map_or(0, nanoseconds),
         most_cpu: args.max_cpu,
         buffer: args.buffer,
-        stacks: args.stack,
         all_namespaces: args.node.all_namespaces,
         all: args.all,
         expectations: Expectations {

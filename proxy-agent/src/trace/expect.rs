@@ -110,7 +110,7 @@ impl Expectations {
                 Absent::Nf if story.is_touched(hooks) => story.touched(hooks).join(", "),
                 Absent::BrNetfilter if story.bridge_nf => "br_netfilter handed it to the IP hooks".to_owned(),
                 Absent::Conntrack if story.conntrack => "conntrack has seen it".to_owned(),
-                Absent::Snat if story.journey.has_new_source() => "its source was translated".to_owned(),
+                Absent::Snat if story.journey.has_new_source(story.is_reply) => "its source was translated".to_owned(),
                 Absent::Flood if !story.journey.flooded().is_empty() => "the bridge flooded it".to_owned(),
                 _ => continue,
             };

@@ -261,9 +261,23 @@ impl Journey {
         })
     }
 
-    /// As it was first seen.
+    /// As it was first seen on this node.
     pub fn first(&self) -> Option<&Packet> {
-        self.sights().find_map(|sight| sight.packet.as_ref())
+        self.sights().filter(|sight| !matches!(sight.place, Place::Beyond(_))).find_map(|sight| sight.packet.as_ref())
+    }
+
+    /// A sight at no device is where the one before was: a packet that has left is used up elsewhere.
+    fn settle(&mut self) {
+        let mut beyond = None;
+        for step in &mut self.steps {
+            let Step::Sight(sight) = step else { continue };
+            match (&sight.place, &beyond) {
+                (Place::Beyond(_), _) => beyond = Some(sight.place.clone()),
+                (Place::Nowhere, Some(place)) => sight.place = place.clone(),
+                (Place::Nowhere, None) => {}
+                _ => beyond = None,
+            }
+        }
     }
 
     /// As it was last seen on this node.
@@ -271,21 +285,19 @@ impl Journey {
         self.sights().rev().filter(|sight| !matches!(sight.place, Place::Beyond(_))).find_map(|sight| sight.packet.as_ref())
     }
 
-    /// When it began.
-    pub fn began(&self) -> u64 {
-        self.steps.first().map_or(0, Step::at)
+    /// Steps on this node.
+    pub fn here(&self) -> impl DoubleEndedIterator<Item = &Step> {
+        self.steps.iter().filter(|step| step.sight().is_none_or(|sight| !matches!(sight.place, Place::Beyond(_))))
     }
 
-    /// When it was last seen.
-    pub fn ended(&self) -> u64 {
-        self.steps.last().map_or(0, Step::at)
+    /// When it began on this node.
+    pub fn began(&self) -> u64 {
+        self.here().next().or(self.steps.first()).map_or(0, Step::at)
     }
 
     /// Nanoseconds from the first step to the last on this node.
     pub fn total(&self) -> u64 {
-        let beyond = |step: &&Step| step.sight().is_none_or(|sight| !matches!(sight.place, Place::Beyond(_)));
-        let last = self.steps.iter().rev().find(beyond).map_or(0, Step::at);
-        last.saturating_sub(self.began())
+        self.here().next_back().map_or(0, Step::at).saturating_sub(self.began())
     }
 
     /// The service port that decided, and the backend; 0 and 0 where none did.
@@ -330,10 +342,10 @@ impl Journey {
         }
     }
 
-    /// Was the source translated?
-    pub fn has_new_source(&self) -> bool {
+    /// Was the source translated? Of a reply: was it that of its request?
+    pub fn has_new_source(&self, is_reply: bool) -> bool {
         let ends = self.first().zip(self.last());
-        ends.is_some_and(|(first, last)| first.src != last.src)
+        ends.is_some_and(|(first, last)| if is_reply { first.dst != last.dst } else { first.src != last.src })
     }
 
     /// Devices that got the packet at once, because the bridge did not know where its receiver is.
@@ -371,7 +383,10 @@ impl Assembly {
         let mut done: Vec<Journey> = Vec::new();
         for id in ready {
             self.touched.remove(&id);
-            done.extend(self.open.remove(&id));
+            done.extend(self.open.remove(&id).map(|mut journey| {
+                journey.settle();
+                journey
+            }));
         }
         done.sort_by_key(Journey::began);
         done

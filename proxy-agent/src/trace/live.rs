@@ -52,8 +52,6 @@ pub struct Options {
     pub most_cpu: u64,
     /// Mebibytes of the ring.
     pub buffer: u32,
-    /// Stacks are taken.
-    pub stacks: bool,
     /// Packets of every namespace of this machine.
     pub all_namespaces: bool,
     /// Everything may be followed.
@@ -162,7 +160,8 @@ pub async fn run(options: Options, output: Output, node: &str) -> Result<Outcome
         netns: home,
         flags: flags
             | TraceFilter::ACTIVE
-            | bit(options.stacks, TraceFilter::STACKS)
+            // They tell what br_netfilter leaves no other trace of.
+            | TraceFilter::STACKS
             | bit(options.all_namespaces, TraceFilter::ALL_NAMESPACES),
         ifindex: selection.ifindex.unwrap_or(0),
         proto: selection.proto.map_or(0, |proto| proto.0.into()),
@@ -359,7 +358,7 @@ impl Session {
     fn tell(&mut self, journey: &Journey, number: u64, is_reply: bool) -> Result<(), TraceError> {
         let Self { names, kernel, hooks, output, .. } = self;
         let context = Context { names, kernel, hooks: hooks.as_ref() };
-        let story = Story::new(journey, context);
+        let story = Story::new(journey, is_reply, context);
         if self.options.drops && story.ending != Ending::Dropped {
             return Ok(());
         }
@@ -371,7 +370,7 @@ impl Session {
         if let Some(cause) = &story.cause {
             *self.reasons.entry(cause.reason.clone()).or_default() += 1;
         }
-        let written = output.packet(&label, is_reply, &story, context);
+        let written = output.packet(&label, &story, context);
         self.shown += 1;
         self.write(|_| written)
     }

@@ -84,7 +84,7 @@ impl Output {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn packet(&mut self, number: &str, is_reply: bool, story: &Story<'_>, context: Context<'_>) -> io::Result<()> {
+    pub fn packet(&mut self, number: &str, story: &Story<'_>, context: Context<'_>) -> io::Result<()> {
         let who = story.journey.first().map_or_else(String::new, |packet| {
             let name = |source| {
                 let named = super::story::named(packet, source, context.names);
@@ -104,9 +104,9 @@ impl Output {
         match self.form {
             Form::Tree if is_first || self.each => write!(self.to, "{}", tree::block(number, &clock, story, context)),
             Form::Line => writeln!(self.to, "{}", line::line(number, &clock, story, context)),
-            Form::Ndjson => record::lines(number, is_reply, story, context).iter().try_for_each(|line| writeln!(self.to, "{line}")),
+            Form::Ndjson => record::lines(number, story, context).iter().try_for_each(|line| writeln!(self.to, "{line}")),
             Form::Pcapng | Form::Mermaid | Form::Svg => {
-                self.kept.extend(record::lines(number, is_reply, story, context));
+                self.kept.extend(record::lines(number, story, context));
                 Ok(())
             }
             Form::Tree | Form::Summary => Ok(()),

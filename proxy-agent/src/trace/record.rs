@@ -29,14 +29,14 @@ fn tuple(packet: &Packet) -> Value {
 }
 
 /// All lines of one packet. `flow`: its number with `r` for a reply.
-pub fn lines(flow: &str, is_reply: bool, story: &Story<'_>, context: Context<'_>) -> Vec<Value> {
+pub fn lines(flow: &str, story: &Story<'_>, context: Context<'_>) -> Vec<Value> {
     let journey = story.journey;
     let id = id(journey.id);
     let mut lines = Vec::new();
     if let Some(packet) = journey.first() {
         let first = journey.sights().next();
         lines.push(json!({
-            "t": "pkt", "id": id, "flow": flow, "dir": if is_reply { "reply" } else { "orig" },
+            "t": "pkt", "id": id, "flow": flow, "dir": if story.is_reply { "reply" } else { "orig" },
             "skb": first.map(|sight| format!("{:#x}", sight.skb)),
             "l3": if packet.src.is_ipv4() { 4 } else { 6 }, "proto": packet.proto.to_string().to_lowercase(),
             "src": packet.src, "sport": packet.src_port, "dst": packet.dst, "dport": packet.dst_port,
@@ -62,7 +62,7 @@ pub fn lines(flow: &str, is_reply: bool, story: &Story<'_>, context: Context<'_>
         "t": "end", "id": id, "flow": flow, "result": story.ending.name(), "ns_total": journey.total(),
         "split": { "own": split.own, "kernel": split.kernel, "netfilter": split.netfilter, "queue": split.queue },
         "bridge_nf": story.bridge_nf, "conntrack": story.conntrack, "netfilter": story.is_touched(context.hooks),
-        "snat": journey.has_new_source(), "flood": !journey.flooded().is_empty(), "surprises": story.surprises(),
+        "snat": journey.has_new_source(story.is_reply), "flood": !journey.flooded().is_empty(), "surprises": story.surprises(),
     }));
     lines
 }

@@ -87,6 +87,8 @@ pub struct Leg<'a> {
 pub struct Story<'a> {
     /// The journey.
     pub journey: &'a Journey,
+    /// The answer to another packet.
+    pub is_reply: bool,
     /// Its steps on this node.
     pub legs: Vec<Leg<'a>>,
     /// How it ended.
@@ -170,7 +172,7 @@ impl Walk {
 
 impl<'a> Story<'a> {
     /// Of a journey.
-    pub fn new(journey: &'a Journey, context: Context<'_>) -> Self {
+    pub fn new(journey: &'a Journey, is_reply: bool, context: Context<'_>) -> Self {
         let mut walk = Walk::default();
         let mut legs = Vec::new();
         let mut before = journey.began();
@@ -191,6 +193,7 @@ impl<'a> Story<'a> {
         let on_host = |sight: &&Sight| sight.is_on_host();
         let mut story = Self {
             journey,
+            is_reply,
             legs,
             ending,
             cause: (ending == Ending::Dropped).then(|| drops::cause(journey, context.kernel)),

@@ -8,11 +8,12 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns, bpf_probe_read_kernel};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, RingBuf};
-use proxy_abi::Hook;
+use proxy_abi::{Hook, Reason};
 use proxy_abi::trace::{PACKETS, RING_BYTES, TraceControl, TraceDecision, TracePacket};
 
 use crate::ctx::Skb;
 use crate::exit::Outcome;
+use crate::maps::WORK;
 
 #[map(name = "trace")]
 static TRACE: Array<TraceControl> = Array::with_max_entries(1, 0);
@@ -39,15 +40,37 @@ pub(crate) fn packet(skb: Skb, hook: Hook, outcome: &Outcome) {
     let Some(control) = TRACE.get_ptr(0) else { return };
     // SAFETY: an array's entry; it is one word, which another CPU may change at any time.
     if unsafe { core::ptr::read_volatile(&raw const (*control).until) } != 0 {
-        let what = hook as u64 | (outcome.verdict as u64) << 8 | u64::from(outcome.reason) << 16 | u64::from(outcome.rule) << 32;
-        trace_decision(skb.0, what, outcome.service, outcome.backend);
+        let what = hook as u64 | (outcome.verdict as u64) << 8 | u64::from(outcome.reason) << 16;
+        trace_decision(skb.0, what | u64::from(outcome.rule) << 32);
     }
 }
 
-/// `what`: hook, verdict, reason and rule, from the lowest bits on.
+/// Does a packet with this reason come so far that the plan in `work` is its own?
+const fn has_plan(reason: u32) -> bool {
+    const WITHOUT: [Reason; 7] = [
+        Reason::NotIp,
+        Reason::NoDevice,
+        Reason::OtherProtocol,
+        Reason::Unparsed,
+        Reason::IcmpError,
+        Reason::FragmentUnknown,
+        Reason::FragmentBeforeFirst,
+    ];
+    let mut i = 0;
+    while i < WITHOUT.len() {
+        if WITHOUT[i] as u32 == reason {
+            return false;
+        }
+        i += 1;
+    }
+    true
+}
+
+/// `what`: hook, verdict, reason and rule, from the lowest bits on. Service and backend are looked up in the plan: what is
+/// kept for a call alone costs the programs stack, of which they have none to spare.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn trace_decision(skb: *mut __sk_buff, what: u64, service: u32, backend: u32) -> u32 {
+extern "C" fn trace_decision(skb: *mut __sk_buff, what: u64) -> u32 {
     if TRACING.load() == 0 {
         return 0;
     }
@@ -67,6 +90,14 @@ extern "C" fn trace_decision(skb: *mut __sk_buff, what: u64, service: u32, backe
     let packet = Skb(skb);
     // SAFETY: a pointer into a map that was just found.
     let id = unsafe { (*found).id };
+    let reason = (what >> 16) as u32 & 0xffff;
+    let (mut service, mut backend) = (0, 0);
+    if has_plan(reason)
+        && let Some(work) = WORK.get_ptr(0)
+    {
+        // SAFETY: this CPU's entry, which nobody else uses now.
+        (service, backend) = unsafe { ((*work).service, (*work).backend) };
+    }
     let Some(mut entry) = TRACE_RING.reserve::<TraceDecision>(0) else {
         control.lost += 1;
         return 0;
@@ -80,7 +111,7 @@ extern "C" fn trace_decision(skb: *mut __sk_buff, what: u64, service: u32, backe
         len: packet.len(),
         hook: what as u32 & 0xff,
         verdict: (what >> 8) as u32 & 0xff,
-        reason: (what >> 16) as u32 & 0xffff,
+        reason,
         service,
         backend,
         rule: (what >> 32) as u32,

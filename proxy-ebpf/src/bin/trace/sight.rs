@@ -38,25 +38,36 @@ impl Sight {
     #[inline(always)]
     fn followed(&self, imprint: u64) -> Option<u64> {
         let (skb, head) = (self.skb, self.head);
-        let (by_skb, by_head) = (TRACE_PACKET.get_ptr_mut(&skb), TRACE_PACKET.get_ptr_mut(&head));
-        if by_skb.is_none() && by_head.is_none() {
-            return None;
-        }
-        let mut found = None;
-        for entry in [by_head, by_skb].into_iter().flatten() {
-            // SAFETY: a pointer into a map that was just found.
+        let (mut found, mut known) = (0, 0);
+        // One after the other: two pointers are never asked for at once, which the verifier would not follow.
+        if let Some(entry) = TRACE_PACKET.get_ptr_mut(&skb) {
+            known |= 1;
+            // SAFETY: a pointer into a map that was just found; here and below.
             let entry = unsafe { &mut *entry };
-            if imprint == 0 || entry.imprint == imprint {
+            if entry.imprint == imprint {
                 entry.last = self.now;
                 entry.sights += 1;
-                found = Some(entry.id);
+                found = entry.id;
             }
         }
-        let id = found?;
+        if let Some(entry) = TRACE_PACKET.get_ptr_mut(&head) {
+            known |= 2;
+            // SAFETY: as above.
+            let entry = unsafe { &mut *entry };
+            if entry.imprint == imprint {
+                entry.last = self.now;
+                entry.sights += 1;
+                found = entry.id;
+            }
+        }
+        if found == 0 {
+            return None;
+        }
+        let id = found;
         // A clone, or a packet whose data was copied: it goes on under both addresses.
-        if by_skb.is_none() || by_head.is_none() {
+        if known != 3 {
             let entry = TracePacket { id, last: self.now, imprint, sights: 1, reserved: 0 };
-            let key = if by_skb.is_none() { skb } else { head };
+            let key = if known == 2 { skb } else { head };
             if TRACE_PACKET.insert(&key, &entry, 0).is_err() {
                 maps::count(count::TABLE_FULL);
             }
@@ -229,7 +240,8 @@ pub(crate) fn begins(ctx: *mut c_void, skb: u64, point: u32) {
 pub(crate) fn goes_on(ctx: *mut c_void, skb: u64, point: u32) {
     let Some(filter) = filter() else { return };
     let sight = Sight::new(ctx, skb, point);
-    if let Some(id) = sight.followed(0) {
+    let Some(header) = headers(&sight, point) else { return };
+    if let Some(id) = sight.followed(header.imprint) {
         sight.tell(id, filter, 0, 0);
     }
 }
@@ -239,11 +251,10 @@ pub(crate) fn goes_on(ctx: *mut c_void, skb: u64, point: u32) {
 pub(crate) fn dropped(ctx: *mut c_void, skb: u64, location: u64, reason: u32) {
     let Some(filter) = filter() else { return };
     let sight = Sight::new(ctx, skb, point::DROP);
-    let header = headers(&sight, point::DROP);
-    let mut id = sight.followed(header.map_or(0, |header| header.imprint));
+    let Some(header) = headers(&sight, point::DROP) else { return };
+    let mut id = sight.followed(header.imprint);
     if id.is_none()
         && reason >= filter.first_drop
-        && let Some(header) = header
         && is_anywhere_at_home(skb, filter)
         && filter::wants(filter, header, point::DROP, sight.now)
     {
@@ -274,8 +285,8 @@ fn is_anywhere_at_home(skb: u64, filter: &TraceFilter) -> bool {
 pub(crate) fn consumed(ctx: *mut c_void, skb: u64, location: u64) {
     let Some(filter) = filter() else { return };
     let sight = Sight::new(ctx, skb, point::CONSUME);
-    let header = headers(&sight, point::CONSUME);
-    if let Some(id) = sight.followed(header.map_or(0, |header| header.imprint)) {
+    let Some(header) = headers(&sight, point::CONSUME) else { return };
+    if let Some(id) = sight.followed(header.imprint) {
         sight.tell(id, filter, location, 0);
         sight.forget();
     }
