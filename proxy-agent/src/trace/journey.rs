@@ -403,10 +403,31 @@ impl Assembly {
     }
 }
 
+/// Functions that work on packets of a queue: what called them is about something else.
+const WORKERS: [&str; 6] =
+    ["process_backlog", "__napi_poll", "napi_poll", "net_rx_action", "handle_softirqs", "do_softirq"];
+
+/// The functions of a stack that have to do with the packet, the innermost first.
+pub fn own_frames(stack: impl Iterator<Item = String>) -> Vec<String> {
+    let probe = |name: &String| name.starts_with("bpf_prog_") || name.starts_with("bpf_trace_run");
+    stack.skip_while(probe).take_while(|name| !WORKERS.contains(&name.as_str())).collect()
+}
+
 /// The name of a told thing's journey.
 pub const fn id_of(told: &Told) -> u64 {
     match told {
         Told::Decision(decision) => decision.id,
         Told::Event(event) => event.id,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stack_ends_where_the_packet_was_taken_from_a_queue() {
+        let stack = ["bpf_prog_4f_queue", "bpf_trace_run1", "__dev_queue_xmit", "br_forward", "process_backlog", "ip_output"];
+        assert_eq!(own_frames(stack.map(str::to_owned).into_iter()), ["__dev_queue_xmit", "br_forward"]);
     }
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::expect::{Expectations, Outcome};
 use super::expression::Expression;
 use super::hooks::{Hooks, Inventory};
-use super::journey::{Assembly, Decision, Ending, Journey, Sight, Step, id_of};
+use super::journey::{Assembly, Decision, Ending, Journey, Sight, Step, id_of, own_frames};
 use super::kernel::Kernel;
 use super::names::Names;
 use super::output::Output;
@@ -305,7 +305,8 @@ impl Session {
                     let mut sight = Sight::new(&event, names, *home, kernel);
                     if event.stack != TraceEvent::NO_STACK {
                         let functions = stacks.entry(event.stack).or_insert_with(|| {
-                            probes.stack(event.stack).iter().map(|address| kernel.symbols.function(*address)).collect()
+                            let all = probes.stack(event.stack);
+                            own_frames(all.iter().map(|address| kernel.symbols.function(*address)))
                         });
                         sight.stack.clone_from(functions);
                     }

@@ -199,7 +199,7 @@ impl<'a> Story<'a> {
             cause: (ending == Ending::Dropped).then(|| drops::cause(journey, context.kernel)),
             passed: Passed::default(),
             bridge_nf: journey.sights().filter(on_host).any(|sight| sight.bridge_nf)
-                || journey.sights().any(|sight| sight.stack.iter().any(|name| name == "br_nf_dev_queue_xmit")),
+                || journey.sights().filter(on_host).any(|sight| sight.stack.iter().any(|name| name.starts_with("br_nf_"))),
             conntrack: journey.sights().filter(on_host).any(|sight| sight.nfct != 0),
             split: Split::default(),
         };
