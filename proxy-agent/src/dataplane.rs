@@ -34,6 +34,11 @@ use crate::node::conntrack::Translated;
 /// The eBPF object, as `build.rs` made it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dataplane.o"));
 
+/// The object itself: for tests that load it in another way.
+pub fn object() -> &'static [u8] {
+    OBJECT
+}
+
 /// What went wrong, with what, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -1,12 +1,11 @@
 //! What is dropped, why and where: told by the trace of the packet and by the table of drops.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use proxy_tests::scenario::{self, SERVICE_PORT, Scenario, matrix};
 use proxy_tests::tracer::{self, Tracer};
-use proxy_tests::traffic::{Transport, probe};
-use proxy_tests::{ClusterSpec, Family, NodeSpec};
+use proxy_tests::{ClusterSpec, Family, Netns, NodeSpec};
 
 /// A packet that does not arrive.
 struct Drop {
@@ -18,7 +17,8 @@ struct Drop {
     /// The pod that sends.
     client: &'static str,
     target: fn(&Scenario, Family) -> SocketAddr,
-    transport: Transport,
+    /// Bytes of the datagram.
+    bytes: usize,
     families: &'static [Family],
     reason: &'static str,
     class: &'static str,
@@ -46,7 +46,7 @@ fn drops() -> Vec<Drop> {
         restore: &[],
         client: "a",
         target: outside,
-        transport: Transport::Udp,
+        bytes: 20,
         families: both,
         reason,
         class,
@@ -71,7 +71,7 @@ fn drops() -> Vec<Drop> {
         Drop {
             prepare: &[
                 &["nft", "add table inet trace_test"],
-                &["nft", "add chain inet trace_test fwd { type filter hook forward priority 0; policy drop; }"],
+                &["nft", "add chain inet trace_test forwards { type filter hook forward priority 0; policy drop; }"],
             ],
             restore: &[&["nft", "delete table inet trace_test"]],
             ..base("FORWARD policy DROP", "NETFILTER_DROP", "netfilter", "rule of netfilter")
@@ -96,6 +96,19 @@ fn drops() -> Vec<Drop> {
             families: &[Family::V4],
             ..base("the way back leads elsewhere", "IP_RPFILTER", "route", "rp_filter")
         },
+        Drop {
+            target: |scenario, family| {
+                let network = scenario.node(0).pod_cidr(family);
+                SocketAddr::new(network.host(200), 9)
+            },
+            ..base("nobody answers for the address", "", "neigh", "ARP")
+        },
+        Drop {
+            prepare: &[&["ip", "link set eth0 mtu 1280"]],
+            restore: &[&["ip", "link set eth0 mtu 1500"]],
+            bytes: 1400,
+            ..base("bigger than the next link carries", "PKT_TOO_BIG", "route", "MTU")
+        },
     ]
 }
 
@@ -110,6 +123,16 @@ fn build() -> Scenario {
     scenario.wait_endpoints(0, "empty", Some(0)).expect("known");
     scenario.wait_endpoints(0, "local", Some(0)).expect("known");
     scenario
+}
+
+/// Sends a datagram; what is answered, if anything, is not the question here.
+fn send(netns: &Netns, target: SocketAddr, bytes: usize) {
+    let sent = netns.run(|| {
+        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))
+            .and_then(|socket| if target.is_ipv4() { UdpSocket::bind("0.0.0.0:0") } else { Ok(socket) })?;
+        socket.send_to(&vec![7; bytes], target)
+    });
+    sent.expect("a namespace").expect("sent");
 }
 
 fn run_all(scenario: &Scenario, commands: &[&[&str]]) {
@@ -137,8 +160,7 @@ fn every_drop_is_named_with_its_cause_and_what_to_do() {
             let table = Tracer::start(scenario.node(0), &["drops", "--for", "1s"]);
             assert!(table.is_err(), "one trace at a time");
             let netns = scenario.netns(drop.client).expect("a namespace");
-            // What is answered, if anything, is not the question here.
-            let _ = probe(&netns, target, drop.transport, Duration::from_millis(300));
+            send(&netns, target, drop.bytes);
             let traced = tracer.finish(Duration::from_secs(20)).expect("the end");
             let line = traced.one("drop");
             let text = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
@@ -162,9 +184,9 @@ fn the_table_groups_them() {
     let netns = scenario.netns("a").expect("a namespace");
     let table = Tracer::start(scenario.node(0), &["drops", "--once", "--for", "2s", "--json"]).expect("a table");
     for _ in 0..3 {
-        let _ = probe(&netns, vip(EMPTY, Family::V4), Transport::Udp, Duration::from_millis(100));
+        send(&netns, vip(EMPTY, Family::V4), 20);
         let nobody = SocketAddr::new(scenario.ip("b", Family::V4).expect("an address"), 9);
-        let _ = probe(&netns, nobody, Transport::Udp, Duration::from_millis(100));
+        send(&netns, nobody, 20);
     }
     let traced = table.finish(Duration::from_secs(20)).expect("the end");
     let items = traced.lines().first().map(|line| line["items"].clone()).unwrap_or_default();
@@ -192,7 +214,7 @@ fn hooks_are_listed_and_their_absence_is_told() {
         &scenario,
         &[
             &["nft", "add table inet trace_test"],
-            &["nft", "add chain inet trace_test fwd { type filter hook forward priority -7; }"],
+            &["nft", "add chain inet trace_test forwards { type filter hook forward priority -7; }"],
         ],
     );
     let some = tracer::run(scenario.node(0), &["hooks", "--json"]).expect("a list");
@@ -203,6 +225,6 @@ fn hooks_are_listed_and_their_absence_is_told() {
         .filter(|hook| hook["passing"] == false)
         .map(|hook| format!("{} {} {} {}", hook["family"], hook["hook"], hook["priority"], hook["chain"]))
         .collect();
-    let expected = ["ip", "ip6"].map(|family| format!("\"{family}\" \"FWD\" -7 \"trace_test/fwd\""));
+    let expected = ["ip", "ip6"].map(|family| format!("\"{family}\" \"FWD\" -7 \"trace_test/forwards\""));
     assert_eq!(chain, expected, "{items:#}");
 }

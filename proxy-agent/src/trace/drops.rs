@@ -63,7 +63,8 @@ const KERNEL: [(&str, &str, &str); 36] = [
 ];
 
 /// Functions whose unspecific drops say enough.
-const PLACES: [(&str, &str, &str); 6] = [
+const PLACES: [(&str, &str, &str); 7] = [
+    ("neigh_invalidate", "neigh", "nobody answers for the next hop's address (ARP, neighbour discovery): is the receiver up and on this link?"),
     ("ip_forward", "route", "not forwarded: is net.ipv4.ip_forward 1, and the TTL above 1?"),
     ("ip6_forward", "route", "not forwarded: is net.ipv6.conf.all.forwarding 1, and the hop limit above 1?"),
     ("ip_rcv_finish_core", "route", "no route, or a source that cannot come from there"),

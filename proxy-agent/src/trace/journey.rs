@@ -231,9 +231,9 @@ impl Decision {
         Self { told, hook, reason, device, pod }
     }
 
-    /// Dropped or refused here?
-    pub const fn is_drop(&self) -> bool {
-        self.told.verdict == 2
+    /// Dropped or refused here? What is refused goes back as the answer that it was made into.
+    pub fn is_drop(&self) -> bool {
+        self.told.verdict == 2 || self.reason.is_some_and(Reason::is_drop)
     }
 
     /// Sent on past the stack?
