@@ -104,7 +104,8 @@ impl Tracer {
 
     /// Ends it as Ctrl-C does, and waits.
     pub fn interrupt(self) -> Result<Traced> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).context(|| "interrupt a trace".to_owned())?;
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT)
+            .context(|| "interrupt a trace".to_owned())?;
         self.finish(Duration::from_secs(10))
     }
 

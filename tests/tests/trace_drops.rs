@@ -113,9 +113,8 @@ fn drops() -> Vec<Drop> {
 }
 
 fn build() -> Scenario {
-    let spec = ClusterSpec::default()
-        .node(NodeSpec::new("node1").pods(["a", "b"]))
-        .node(NodeSpec::new("node2").pods(["d"]));
+    let spec =
+        ClusterSpec::default().node(NodeSpec::new("node1").pods(["a", "b"])).node(NodeSpec::new("node2").pods(["d"]));
     let scenario = matrix::scenario_of(&spec, &[]).expect("scenario");
     let udp = |name: &str, host| scenario::service(name, host);
     scenario.publish_service(&udp("empty", EMPTY), &[]).expect("published");
@@ -155,7 +154,19 @@ fn every_drop_is_named_with_its_cause_and_what_to_do() {
         for family in drop.families {
             let target = (drop.target)(&scenario, *family);
             let expression = format!("dst host {} or src host {}", target.ip(), target.ip());
-            let args = ["pod:default/a", "-f", &expression, "--drops", "-c", "1", "--for", "8s", "-o", "ndjson", "--no-replies"];
+            let args = [
+                "pod:default/a",
+                "-f",
+                &expression,
+                "--drops",
+                "-c",
+                "1",
+                "--for",
+                "8s",
+                "-o",
+                "ndjson",
+                "--no-replies",
+            ];
             let tracer = Tracer::start(scenario.node(0), &args).expect("a trace");
             let table = Tracer::start(scenario.node(0), &["drops", "--for", "1s"]);
             assert!(table.is_err(), "one trace at a time");

@@ -13,9 +13,8 @@ use proxy_tests::traffic::tcp_exchange;
 use proxy_tests::{ClusterSpec, Deadline, Family, NodeSpec};
 
 fn build() -> Scenario {
-    let spec = ClusterSpec::default()
-        .node(NodeSpec::new("node1").pods(["a", "b"]))
-        .node(NodeSpec::new("node2").pods(["d"]));
+    let spec =
+        ClusterSpec::default().node(NodeSpec::new("node1").pods(["a", "b"])).node(NodeSpec::new("node2").pods(["d"]));
     matrix::scenario_of(&spec, &[]).expect("scenario")
 }
 
@@ -41,7 +40,7 @@ fn bad_input_is_told_apart() {
         (&[], 2, "what is to be followed?"),
         (&["pod:default/c"], 2, "no pod default/c on this node; there is pod:default/a, pod:default/b"),
         (&["svc:default/to-x"], 2, "no Service default/to-x on this node; there is svc:default/to-"),
-        (&["pod:default/a", "->", "pod:default/b"], 2, "a selection is one side, or two with `to` between them"),
+        (&["pod:default/a", "and", "pod:default/b"], 2, "a selection is one side, or two with `to` between them"),
         (&["any", "-f", "tcp prot 80"], 2, "\n      ^"),
         (&["any", "--for", "soon"], 2, "a time is 500ms, 30s or 5m"),
         (&["10.255.255.1", "--for", "300ms"], 3, "following 10.255.255.1"),
@@ -63,7 +62,8 @@ fn one_trace_at_a_time_and_each_node_its_own() {
     let second = tracer::run(scenario.node(0), &["pod:default/a"]).expect("an end");
     assert_eq!(second.code, Some(5), "{}", second.err);
     assert!(second.err.contains("another trace runs on this node"), "{}", second.err);
-    let other = Tracer::start(scenario.node(1), &["pod:default/d", "--for", "20s", "-c", "1", "-o", "ndjson"]).expect("a trace");
+    let other = Tracer::start(scenario.node(1), &["pod:default/d", "--for", "20s", "-c", "1", "-o", "ndjson"])
+        .expect("a trace");
     ask(&scenario, "d");
     assert_eq!(other.finish(Duration::from_secs(10)).expect("an end").code, Some(0));
     let first = first.interrupt().expect("an end");
@@ -75,12 +75,26 @@ fn one_trace_at_a_time_and_each_node_its_own() {
 fn decisions_are_told_while_the_agent_is_down() {
     let mut scenario = build();
     scenario.agent_mut(0).kill9().expect("killed");
-    let args = ["pod:default/a", "to", "svc:default/to-b", "-c", "2", "--for", "10s", "--expect", "delivered", "--expect-no", "nf,conntrack,br_netfilter,snat,flood"];
+    let args = [
+        "pod:default/a",
+        "to",
+        "svc:default/to-b",
+        "-c",
+        "2",
+        "--for",
+        "10s",
+        "--expect",
+        "delivered",
+        "--expect-no",
+        "nf,conntrack,br_netfilter,snat,flood",
+    ];
     let tracer = Tracer::start(scenario.node(0), &args).expect("a trace");
     ask(&scenario, "b");
     let traced = tracer.finish(Duration::from_secs(20)).expect("an end");
     assert_eq!(traced.code, Some(0), "{} {}", traced.out, traced.err);
-    for words in ["from_pod: service_new redirect", "default/to-b:tcp →", "default/b, on this node", "complete: 2 delivered"] {
+    for words in
+        ["from_pod: service_new redirect", "default/to-b:tcp →", "default/b, on this node", "complete: 2 delivered"]
+    {
         assert!(traced.out.contains(words), "{words}: {}", traced.out);
     }
 }
@@ -88,7 +102,18 @@ fn decisions_are_told_while_the_agent_is_down() {
 #[test]
 fn expectations_fail_with_what_was_seen() {
     let scenario = build();
-    let args = ["pod:default/a", "to", "svc:default/to-d", "--no-replies", "-c", "1", "--for", "10s", "--expect", "dropped:NO_SOCKET"];
+    let args = [
+        "pod:default/a",
+        "to",
+        "svc:default/to-d",
+        "--no-replies",
+        "-c",
+        "1",
+        "--for",
+        "10s",
+        "--expect",
+        "dropped:NO_SOCKET",
+    ];
     let tracer = Tracer::start(scenario.node(0), &args).expect("a trace");
     ask(&scenario, "d");
     let traced = tracer.finish(Duration::from_secs(20)).expect("an end");
@@ -129,7 +154,11 @@ fn a_record_becomes_a_capture_a_graph_and_a_comparison() {
     let show = |args: &[&str]| tracer::run(scenario.node(0), args).expect("an end");
     let (off, on, capture) = (file("off"), file("on"), file("trace.pcapng"));
     let graph = show(&["graph", &off]);
-    assert!(graph.out.starts_with("flowchart LR\n") && graph.out.contains("from_pod: service_new pass"), "{}", graph.out);
+    assert!(
+        graph.out.starts_with("flowchart LR\n") && graph.out.contains("from_pod: service_new pass"),
+        "{}",
+        graph.out
+    );
     let picture = show(&["show", &off, "-o", "svg"]);
     assert!(picture.out.starts_with("<svg ") && picture.out.ends_with("</svg>\n"), "{}", picture.out);
     let text = show(&["show", &off, "-o", "tree"]);

@@ -218,9 +218,8 @@ fn flows() -> [Flow; 5] {
 
 /// Two nodes with a pod or two, and a Service for each; a NodePort in front of `b`.
 fn build() -> Scenario {
-    let spec = ClusterSpec::default()
-        .node(NodeSpec::new("node1").pods(["a", "b"]))
-        .node(NodeSpec::new("node2").pods(["d"]));
+    let spec =
+        ClusterSpec::default().node(NodeSpec::new("node1").pods(["a", "b"])).node(NodeSpec::new("node2").pods(["d"]));
     let scenario = matrix::scenario_of(&spec, &[]).expect("scenario");
     let service = scenario::service("port", 120).node_port(NODE_PORT);
     scenario.publish_service(&service, &["b"]).expect("published");
@@ -282,7 +281,14 @@ fn five_ways_are_seen_step_by_step() {
     let veth = |pod: &str| scenario.cluster().pod(pod).expect("a pod").host_veth().name.clone();
     let (a, b) = (veth("a"), veth("b"));
     let rename = |device: &str| {
-        if device == a { "veth-a" } else if device == b { "veth-b" } else { device }.to_owned()
+        if device == a {
+            "veth-a"
+        } else if device == b {
+            "veth-b"
+        } else {
+            device
+        }
+        .to_owned()
     };
     let mut wrong = Vec::new();
     for on in [false, true] {

@@ -179,11 +179,8 @@ impl Probes {
         };
         for (program, tracepoint) in programs {
             let refused = |source| ProbeError::Program { program, source: Box::new(source) };
-            let found: &mut BtfTracePoint = ebpf
-                .program_mut(program)
-                .ok_or(ProbeError::NoMap(program))?
-                .try_into()
-                .map_err(refused)?;
+            let found: &mut BtfTracePoint =
+                ebpf.program_mut(program).ok_or(ProbeError::NoMap(program))?.try_into().map_err(refused)?;
             found.load(tracepoint, &types).map_err(refused)?;
             found.attach().map_err(refused)?;
         }
@@ -229,7 +226,10 @@ impl Probes {
         Array::try_from(map).map_err(map_error(name))
     }
 
-    fn hash<K: aya::Pod, V: aya::Pod>(&mut self, name: &'static str) -> Result<HashMap<&mut MapData, K, V>, ProbeError> {
+    fn hash<K: aya::Pod, V: aya::Pod>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<HashMap<&mut MapData, K, V>, ProbeError> {
         let map = self.ebpf.map_mut(name).ok_or(ProbeError::NoMap(name))?;
         HashMap::try_from(map).map_err(map_error(name))
     }
@@ -238,7 +238,12 @@ impl Probes {
     ///
     /// # Errors
     /// [`ProbeError::Map`], also when there are more ends than room.
-    pub fn follow(&mut self, filter: &TraceFilter, ends: &[(TraceEnd, u32)], rows: &[TraceRow]) -> Result<(), ProbeError> {
+    pub fn follow(
+        &mut self,
+        filter: &TraceFilter,
+        ends: &[(TraceEnd, u32)],
+        rows: &[TraceRow],
+    ) -> Result<(), ProbeError> {
         let off = TraceFilter { flags: 0, ..*filter };
         self.array::<TraceFilter>("trace_filter")?.set(0, off, 0).map_err(map_error("trace_filter"))?;
         let mut map = self.hash::<TraceEnd, u32>("trace_end")?;
@@ -309,7 +314,9 @@ impl Probes {
 
     /// Addresses of a stack, the innermost first.
     pub fn stack(&self, id: u32) -> Vec<u64> {
-        self.stacks.get(&id, 0).map_or_else(|_| Vec::new(), |stack| stack.frames().iter().map(|frame| frame.ip).collect())
+        self.stacks
+            .get(&id, 0)
+            .map_or_else(|_| Vec::new(), |stack| stack.frames().iter().map(|frame| frame.ip).collect())
     }
 
     /// Forgets packets that have not been seen for two seconds; with `u64::MAX` all.
@@ -350,12 +357,8 @@ impl Probes {
     pub fn hooks(&mut self) -> Result<Vec<(TraceHookKey, TraceHookEntry)>, ProbeError> {
         let refused = |source| ProbeError::Program { program: NAMESPACES, source: Box::new(source) };
         let types = Btf::from_sys_fs().map_err(ProbeError::Types)?;
-        let program: &mut Iter = self
-            .ebpf
-            .program_mut(NAMESPACES)
-            .ok_or(ProbeError::NoMap(NAMESPACES))?
-            .try_into()
-            .map_err(refused)?;
+        let program: &mut Iter =
+            self.ebpf.program_mut(NAMESPACES).ok_or(ProbeError::NoMap(NAMESPACES))?.try_into().map_err(refused)?;
         program.load("task", &types).map_err(refused)?;
         let link = program.attach().map_err(refused)?;
         let link = program.take_link(link).map_err(refused)?;

@@ -66,8 +66,8 @@ impl Btf {
     /// [`BtfError::Unreadable`], [`BtfError::Malformed`].
     pub fn of_kernel() -> Result<Self, BtfError> {
         let path = Path::new("/sys/kernel/btf/vmlinux");
-        let raw = std::fs::read(path)
-            .map_err(|source| BtfError::Unreadable { path: path.display().to_string(), source })?;
+        let raw =
+            std::fs::read(path).map_err(|source| BtfError::Unreadable { path: path.display().to_string(), source })?;
         Self::parse(raw)
     }
 
@@ -240,7 +240,12 @@ mod tests {
 
     #[test]
     fn other_files_are_refused() {
-        for bytes in [&b""[..], b"\x7fELF", &[0x9f, 0xeb, 1], &[0x9f, 0xeb, 1, 0, 24, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 9, 0, 0, 0]] {
+        for bytes in [
+            &b""[..],
+            b"\x7fELF",
+            &[0x9f, 0xeb, 1],
+            &[0x9f, 0xeb, 1, 0, 24, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 9, 0, 0, 0],
+        ] {
             assert!(Btf::parse(bytes.to_vec()).is_err(), "{bytes:?}");
         }
     }

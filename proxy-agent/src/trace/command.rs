@@ -240,7 +240,8 @@ fn target(file: Option<&Path>) -> Result<Box<dyn Write>, TraceError> {
     match file {
         None => Ok(Box::new(std::io::stdout())),
         Some(path) => {
-            let made = File::create(path).map_err(|source| TraceError::File { path: path.display().to_string(), source })?;
+            let made =
+                File::create(path).map_err(|source| TraceError::File { path: path.display().to_string(), source })?;
             Ok(Box::new(std::io::BufWriter::new(made)))
         }
     }
@@ -364,7 +365,8 @@ mod tests {
     #[test]
     fn the_first_word_may_be_a_verb_or_a_selection() {
         let parse = |line: &str| Line::try_parse_from(line.split(' ')).map(|line| line.args);
-        let live = parse("trace pod:a/b to svc:c/d:80 -c 3 --for 5s --expect delivered --expect-no nf,conntrack").expect("live");
+        let live = parse("trace pod:a/b to svc:c/d:80 -c 3 --for 5s --expect delivered --expect-no nf,conntrack")
+            .expect("live");
         assert!(live.verb.is_none());
         assert_eq!(live.live.words, ["pod:a/b", "to", "svc:c/d:80"]);
         assert_eq!((live.live.packets, live.live.limit), (3, Duration::from_secs(5)));
@@ -372,7 +374,8 @@ mod tests {
         assert!(matches!(parse("trace live any").expect("live").verb, Some(Verb::Live(live)) if live.words == ["any"]));
         assert!(matches!(parse("trace drops --once").expect("drops").verb, Some(Verb::Drops(args)) if args.once));
         assert!(matches!(parse("trace diff a b").expect("diff").verb, Some(Verb::Diff { .. })));
-        for line in ["trace any --for soon", "trace any --sample 0", "trace any --expect well", "trace hooks --netns x"] {
+        for line in ["trace any --for soon", "trace any --sample 0", "trace any --expect well", "trace hooks --netns x"]
+        {
             assert!(parse(line).is_err(), "{line}");
         }
     }
@@ -380,7 +383,13 @@ mod tests {
     #[test]
     fn times_are_read() {
         let found = ["500ms", "30s", "5m", "7", "9us"].map(duration);
-        let expected = [Duration::from_millis(500), Duration::from_secs(30), Duration::from_secs(300), Duration::from_secs(7), Duration::from_micros(9)];
+        let expected = [
+            Duration::from_millis(500),
+            Duration::from_secs(30),
+            Duration::from_mins(5),
+            Duration::from_secs(7),
+            Duration::from_micros(9),
+        ];
         assert_eq!(found, expected.map(Ok));
         assert!(["", "s", "1h"].map(duration).iter().all(Result::is_err));
     }

@@ -21,7 +21,8 @@ fn steps(packet: &RecordedPacket) -> Vec<String> {
         .steps
         .iter()
         .map(|step| {
-            let words: Vec<&str> = step.place.split(' ').map(|word| if is_veth(word) { "veth*" } else { word }).collect();
+            let words: Vec<&str> =
+                step.place.split(' ').map(|word| if is_veth(word) { "veth*" } else { word }).collect();
             let way = if step.way.is_empty() || step.way == "own" { String::new() } else { format!(" ({})", step.way) };
             match &step.decision {
                 Some((reason, verdict)) => format!("{} {}: {reason} {verdict}", words.join(" "), step.point),
@@ -60,41 +61,40 @@ impl Group {
 }
 
 /// Both lists as one: kept, taken away, added (longest common subsequence).
-fn changes<'a>(a: &'a [String], b: &'a [String]) -> Vec<(char, &'a str)> {
-    let width = b.len() + 1;
-    let mut longest = vec![0_usize; (a.len() + 1) * width];
-    let cell = |table: &[usize], i: usize, j: usize| table.get(i * width + j).copied().unwrap_or(0);
-    for i in (0..a.len()).rev() {
-        for j in (0..b.len()).rev() {
-            let best = if a.get(i) == b.get(j) {
-                cell(&longest, i + 1, j + 1) + 1
+fn changes<'a>(before: &'a [String], after: &'a [String]) -> Vec<(char, &'a str)> {
+    let width = after.len() + 1;
+    let mut longest = vec![0_usize; (before.len() + 1) * width];
+    let cell = |table: &[usize], row: usize, column: usize| table.get(row * width + column).copied().unwrap_or(0);
+    for row in (0..before.len()).rev() {
+        for column in (0..after.len()).rev() {
+            let best = if before.get(row) == after.get(column) {
+                cell(&longest, row + 1, column + 1) + 1
             } else {
-                cell(&longest, i + 1, j).max(cell(&longest, i, j + 1))
+                cell(&longest, row + 1, column).max(cell(&longest, row, column + 1))
             };
-            if let Some(place) = longest.get_mut(i * width + j) {
+            if let Some(place) = longest.get_mut(row * width + column) {
                 *place = best;
             }
         }
     }
-    let (mut i, mut j, mut all) = (0, 0, Vec::new());
-    while i < a.len() || j < b.len() {
-        match (a.get(i), b.get(j)) {
-            (Some(x), Some(y)) if x == y => {
-                all.push((' ', x.as_str()));
-                (i, j) = (i + 1, j + 1);
+    let (mut row, mut column, mut all) = (0, 0, Vec::new());
+    loop {
+        match (before.get(row), after.get(column)) {
+            (None, None) => return all,
+            (Some(old), Some(new)) if old == new => {
+                all.push((' ', old.as_str()));
+                (row, column) = (row + 1, column + 1);
             }
-            (Some(x), y) if y.is_none() || cell(&longest, i + 1, j) >= cell(&longest, i, j + 1) => {
-                all.push(('-', x.as_str()));
-                i += 1;
+            (Some(old), new) if new.is_none() || cell(&longest, row + 1, column) >= cell(&longest, row, column + 1) => {
+                all.push(('-', old.as_str()));
+                row += 1;
             }
-            (_, Some(y)) => {
-                all.push(('+', y.as_str()));
-                j += 1;
+            (_, new) => {
+                all.extend(new.map(|new| ('+', new.as_str())));
+                column += 1;
             }
-            (_, None) => break,
         }
     }
-    all
 }
 
 /// The comparison, and whether anything differs but the times.
@@ -108,7 +108,9 @@ pub fn compare(a: &Recorded, b: &Recorded) -> (String, bool) {
         let (before, after) = (left.get(key).unwrap_or(&none), right.get(key).unwrap_or(&none));
         let reply = if key.0 { "  (reply)" } else { "" };
         let _ = writeln!(text, "{}{reply}", key.1);
-        let counts = |group: &Group| group.results.iter().map(|(result, count)| format!("{count} {result}")).collect::<Vec<_>>().join(", ");
+        let counts = |group: &Group| {
+            group.results.iter().map(|(result, count)| format!("{count} {result}")).collect::<Vec<_>>().join(", ")
+        };
         let same: Vec<&String> = before.results.keys().collect();
         differs |= same != after.results.keys().collect::<Vec<_>>();
         let _ = writeln!(text, "  - {}  p50 {}", counts(before), duration(before.p50()));

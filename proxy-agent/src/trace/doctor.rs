@@ -46,7 +46,12 @@ pub fn report(pin_root: &Path) -> Vec<Finding> {
         say(Level::Warning, "drop reasons", "this kernel does not tell why it drops".to_owned(), fix);
     } else {
         let first = kernel.first_drop();
-        say(Level::Good, "drop reasons", format!("{} have names; {first} is the first that means a drop", kernel.reasons()), "");
+        say(
+            Level::Good,
+            "drop reasons",
+            format!("{} have names; {first} is the first that means a drop", kernel.reasons()),
+            "",
+        );
     }
     if hidden {
         let state = "addresses of functions are hidden: places of drops are numbers".to_owned();
@@ -74,7 +79,12 @@ pub fn report(pin_root: &Path) -> Vec<Finding> {
                     match probes.hooks() {
                         Ok(rows) => {
                             let namespaces = rows.iter().filter(|(key, _)| key.hook == u32::MAX).count();
-                            say(Level::Good, "netfilter hooks", format!("can be listed, in {namespaces} network namespaces"), "");
+                            say(
+                                Level::Good,
+                                "netfilter hooks",
+                                format!("can be listed, in {namespaces} network namespaces"),
+                                "",
+                            );
                         }
                         Err(error) => {
                             let state = format!("cannot be listed: {}", full(&error));
@@ -97,7 +107,8 @@ pub fn report(pin_root: &Path) -> Vec<Finding> {
             }
         }
         Ok(None) => {
-            let state = format!("nothing is pinned at {}: tracepoints alone, without decisions and names", pin_root.display());
+            let state =
+                format!("nothing is pinned at {}: tracepoints alone, without decisions and names", pin_root.display());
             say(Level::Warning, "decisions", state, "start the agent, or give its --pin-root");
         }
         Err(error) => say(Level::Warning, "decisions", full(&error), ""),

@@ -24,21 +24,49 @@ pub struct Cause {
 
 /// Reason of the kernel, class, advice.
 const KERNEL: [(&str, &str, &str); 36] = [
-    ("NETFILTER_DROP", "netfilter", "a rule of netfilter dropped it: `trace hooks` lists who is registered; look for the rule with `nft list ruleset` and `iptables-save -c`"),
-    ("IP_RPFILTER", "route", "the reverse path filter: the way back to the source leads out of another device; set net.ipv4.conf.DEV.rp_filter to 2 or 0, or mend the route"),
+    (
+        "NETFILTER_DROP",
+        "netfilter",
+        "a rule of netfilter dropped it: `trace hooks` lists who is registered; look for the rule with `nft list ruleset` and `iptables-save -c`",
+    ),
+    (
+        "IP_RPFILTER",
+        "route",
+        "the reverse path filter: the way back to the source leads out of another device; set net.ipv4.conf.DEV.rp_filter to 2 or 0, or mend the route",
+    ),
     ("IP_OUTNOROUTES", "route", "no route to the destination: `ip route get`"),
-    ("IP_INNOROUTES", "route", "no route, or forwarding is off: set net.ipv4.ip_forward (net.ipv6.conf.all.forwarding) to 1, or add the route"),
+    (
+        "IP_INNOROUTES",
+        "route",
+        "no route, or forwarding is off: set net.ipv4.ip_forward (net.ipv6.conf.all.forwarding) to 1, or add the route",
+    ),
     ("IP_INADDRERRORS", "route", "the address cannot be forwarded here: is net.ipv4.ip_forward 1?"),
-    ("IP_LOCAL_SOURCE", "route", "the source is an address of this node, but the packet came from outside: two hosts with one address, or a loop"),
+    (
+        "IP_LOCAL_SOURCE",
+        "route",
+        "the source is an address of this node, but the packet came from outside: two hosts with one address, or a loop",
+    ),
     ("IP_INVALID_SOURCE", "route", "the source is no address that a host can have"),
     ("IP_LOCALNET", "route", "a loopback address on a wire: net.ipv4.conf.DEV.route_localnet is off"),
     ("IP_INVALID_DEST", "route", "the destination is no address that can be forwarded to"),
     ("IPV6DISABLED", "route", "IPv6 is switched off on the device: net.ipv6.conf.DEV.disable_ipv6"),
-    ("NEIGH_FAILED", "neigh", "nobody answers for the next hop's address (ARP, neighbour discovery): is the receiver up and on this link?"),
+    (
+        "NEIGH_FAILED",
+        "neigh",
+        "nobody answers for the next hop's address (ARP, neighbour discovery): is the receiver up and on this link?",
+    ),
     ("NEIGH_CREATEFAIL", "neigh", "the neighbour table is full: raise net.ipv4.neigh.default.gc_thresh3"),
-    ("NEIGH_QUEUEFULL", "neigh", "more packets wait for a neighbour's answer than fit: the receiver does not answer, or slowly"),
+    (
+        "NEIGH_QUEUEFULL",
+        "neigh",
+        "more packets wait for a neighbour's answer than fit: the receiver does not answer, or slowly",
+    ),
     ("NEIGH_DEAD", "neigh", "the neighbour entry was removed meanwhile"),
-    ("PKT_TOO_BIG", "route", "bigger than the next link's MTU, and not to be fragmented: make the MTUs equal, or let ICMP through"),
+    (
+        "PKT_TOO_BIG",
+        "route",
+        "bigger than the next link's MTU, and not to be fragmented: make the MTUs equal, or let ICMP through",
+    ),
     ("NO_SOCKET", "l4", "nobody listens there: is the process up, and on this port and address?"),
     ("SOCKET_RCVBUFF", "l4", "the receiver's buffer is full: it reads too slowly"),
     ("SOCKET_BACKLOG", "l4", "the receiver is too busy: its backlog is full"),
@@ -52,8 +80,16 @@ const KERNEL: [(&str, &str, &str); 36] = [
     ("TCP_FLAGS", "l4", "TCP flags that do not fit the connection's state"),
     ("TCP_CLOSE", "l4", "the connection is closed"),
     ("TCP_INVALID_SEQUENCE", "l4", "a sequence number outside of the window: of another connection, or much delayed"),
-    ("TC_INGRESS", "other", "a program or filter at the device's ingress dropped it: `tc filter show dev DEV ingress`, `bpftool net`"),
-    ("TC_EGRESS", "other", "a program or filter at the device's egress dropped it: `tc filter show dev DEV egress`, `bpftool net`"),
+    (
+        "TC_INGRESS",
+        "other",
+        "a program or filter at the device's ingress dropped it: `tc filter show dev DEV ingress`, `bpftool net`",
+    ),
+    (
+        "TC_EGRESS",
+        "other",
+        "a program or filter at the device's egress dropped it: `tc filter show dev DEV egress`, `bpftool net`",
+    ),
     ("BPF_CGROUP_EGRESS", "other", "a program at the sender's cgroup dropped it"),
     ("QDISC_DROP", "qdisc", "the device's queue is full: it is slower than its traffic"),
     ("CPU_BACKLOG", "qdisc", "the CPU's backlog is full: raise net.core.netdev_max_backlog, or spread the load (RPS)"),
@@ -64,7 +100,11 @@ const KERNEL: [(&str, &str, &str); 36] = [
 
 /// Functions whose unspecific drops say enough.
 const PLACES: [(&str, &str, &str); 7] = [
-    ("neigh_invalidate", "neigh", "nobody answers for the next hop's address (ARP, neighbour discovery): is the receiver up and on this link?"),
+    (
+        "neigh_invalidate",
+        "neigh",
+        "nobody answers for the next hop's address (ARP, neighbour discovery): is the receiver up and on this link?",
+    ),
     ("ip_forward", "route", "not forwarded: is net.ipv4.ip_forward 1, and the TTL above 1?"),
     ("ip6_forward", "route", "not forwarded: is net.ipv6.conf.all.forwarding 1, and the hop limit above 1?"),
     ("ip_rcv_finish_core", "route", "no route, or a source that cannot come from there"),
@@ -75,17 +115,45 @@ const PLACES: [(&str, &str, &str); 7] = [
 
 /// Advice for drops of our own programs.
 const OWN: [(Reason, &str, &str); 15] = [
-    (Reason::NoBackend, "own-service", "the Service has no ready endpoint: look at its EndpointSlices and the readiness of its pods"),
-    (Reason::NoLocalBackend, "own-service", "the traffic policy is Local and no endpoint is on this node: run one here, or use Cluster"),
+    (
+        Reason::NoBackend,
+        "own-service",
+        "the Service has no ready endpoint: look at its EndpointSlices and the readiness of its pods",
+    ),
+    (
+        Reason::NoLocalBackend,
+        "own-service",
+        "the traffic policy is Local and no endpoint is on this node: run one here, or use Cluster",
+    ),
     (Reason::NoSuchPort, "own-service", "the Service has no such port: compare with spec.ports"),
     (Reason::Unallocated, "own-service", "no Service has this address: an old address in a client's cache?"),
     (Reason::SourceNotAllowed, "own-service", "the client is in no range of loadBalancerSourceRanges"),
-    (Reason::NoFlow, "own-service", "a connection that this node does not know: it began before the agent, or has ended; the client must connect anew"),
-    (Reason::FlowTableFull, "own-service", "the flow table is full: raise --flow-live-entries and --flow-brief-entries"),
-    (Reason::PodQuota, "own-service", "the pod holds as many flows as one may: raise --pod-flow-quota, or mend the pod"),
-    (Reason::ClashUnresolved, "own-service", "all ports towards this backend are taken: more backends, or fewer connections"),
+    (
+        Reason::NoFlow,
+        "own-service",
+        "a connection that this node does not know: it began before the agent, or has ended; the client must connect anew",
+    ),
+    (
+        Reason::FlowTableFull,
+        "own-service",
+        "the flow table is full: raise --flow-live-entries and --flow-brief-entries",
+    ),
+    (
+        Reason::PodQuota,
+        "own-service",
+        "the pod holds as many flows as one may: raise --pod-flow-quota, or mend the pod",
+    ),
+    (
+        Reason::ClashUnresolved,
+        "own-service",
+        "all ports towards this backend are taken: more backends, or fewer connections",
+    ),
     (Reason::NoRoute, "route", "the node has no route to the backend: `ip route get`"),
-    (Reason::TooBig, "route", "bigger than the next link carries; the sender is told by ICMP, which must not be filtered"),
+    (
+        Reason::TooBig,
+        "route",
+        "bigger than the next link carries; the sender is told by ICMP, which must not be filtered",
+    ),
     (Reason::FragmentBeforeFirst, "own-service", "fragments out of order: make packets smaller than the MTU"),
     (Reason::BackendMissing, "own-service", "the maps contradict each other: restart the agent, and report this"),
     (Reason::RewriteFailed, "own-service", "the packet could not be written: report this"),
@@ -131,14 +199,7 @@ pub fn of_kernel(code: u32, location: u64, kernel: &Kernel) -> Cause {
         "other",
         "the kernel gives no more than this place: look it up in the kernel's sources",
     ));
-    Cause {
-        reason,
-        code,
-        place: kernel.symbols.place(location),
-        class,
-        advice: advice.to_owned(),
-        is_ours: false,
-    }
+    Cause { reason, code, place: kernel.symbols.place(location), class, advice: advice.to_owned(), is_ours: false }
 }
 
 #[cfg(test)]

@@ -94,7 +94,9 @@ impl Expectations {
         match &self.ending {
             Some(Expectation::Delivered) if !arrives => failures.push(format!("expected delivered, {}", ended())),
             Some(Expectation::Dropped(reason)) => {
-                let fits = |wanted: &String| story.cause.as_ref().is_some_and(|cause| cause.reason.eq_ignore_ascii_case(wanted));
+                let fits = |wanted: &String| {
+                    story.cause.as_ref().is_some_and(|cause| cause.reason.eq_ignore_ascii_case(wanted))
+                };
                 if story.cause.is_none() || reason.as_ref().is_some_and(|reason| !fits(reason)) {
                     let wanted = reason.as_ref().map(|reason| format!(" for {reason}")).unwrap_or_default();
                     failures.push(format!("expected dropped{wanted}, {}", ended()));
@@ -114,7 +116,10 @@ impl Expectations {
                 Absent::Flood if !story.journey.flooded().is_empty() => "the bridge flooded it".to_owned(),
                 _ => continue,
             };
-            failures.push(format!("expected no {}, but {shown}", clap::ValueEnum::to_possible_value(absent).map(|v| v.get_name().to_owned()).unwrap_or_default()));
+            failures.push(format!(
+                "expected no {}, but {shown}",
+                clap::ValueEnum::to_possible_value(absent).map(|v| v.get_name().to_owned()).unwrap_or_default()
+            ));
         }
         if let Some(limit) = self.hop_latency
             && let Some(leg) = story.legs.iter().find(|leg| leg.took > limit)

@@ -242,7 +242,8 @@ impl<'a> Parser<'a> {
 
     fn address(&mut self, direction: Direction, what: &str) -> Result<Expression, ExpressionError> {
         let word = self.peek().unwrap_or_default();
-        let net: Net = word.parse().map_err(|_| self.wrong(&format!("after `{what}` comes an address, `{word}` is none")))?;
+        let net: Net =
+            word.parse().map_err(|_| self.wrong(&format!("after `{what}` comes an address, `{word}` is none")))?;
         self.next += 1;
         let (source, destination) = (Expression::Is(Term::Source(net)), Expression::Is(Term::Destination(net)));
         Ok(match direction {
@@ -256,7 +257,8 @@ impl<'a> Parser<'a> {
         let word = self.peek().unwrap_or_default();
         let (low, high) = word.split_once('-').unwrap_or((word, word));
         let range = low.parse().ok().zip(high.parse().ok()).filter(|(low, high): &(u16, u16)| low <= high);
-        let (low, high) = range.ok_or_else(|| self.wrong("a port is a number from 0 to 65535, a range two of them: 80-90"))?;
+        let (low, high) =
+            range.ok_or_else(|| self.wrong("a port is a number from 0 to 65535, a range two of them: 80-90"))?;
         self.next += 1;
         let source = Expression::Is(Term::SourcePort(low, high));
         let destination = Expression::Is(Term::DestinationPort(low, high));
@@ -283,7 +285,9 @@ impl<'a> Parser<'a> {
             self.next += 1;
             match self.take() {
                 Some(",") => {}
-                Some("]") => return Ok(both(Expression::Is(Term::Proto(Proto::TCP.0)), Expression::Is(Term::Flags(flags)))),
+                Some("]") => {
+                    return Ok(both(Expression::Is(Term::Proto(Proto::TCP.0)), Expression::Is(Term::Flags(flags))));
+                }
                 _ => {
                     self.next -= 1;
                     return Err(self.wrong("expected `,` or `]`"));
@@ -378,8 +382,11 @@ fn join(a: &TraceRow, b: &TraceRow) -> Option<TraceRow> {
         }
         if asks(a, part) {
             // Two different protocols or families at once: never.
-            let (same, positive) = (part == TraceRow::NOT_PROTO && a.proto == b.proto, (a.negated | b.negated) & part == 0);
-            if positive && (part == TraceRow::NOT_PROTO && !same || part == TraceRow::NOT_FAMILY && a.family != b.family) {
+            let (same, positive) =
+                (part == TraceRow::NOT_PROTO && a.proto == b.proto, (a.negated | b.negated) & part == 0);
+            if positive
+                && (part == TraceRow::NOT_PROTO && !same || part == TraceRow::NOT_FAMILY && a.family != b.family)
+            {
                 return None;
             }
             continue;

@@ -90,7 +90,11 @@ fn expressions_hold_for_what_they_say() {
         assert_eq!(found, expected, "{text}");
         let rows = expression.rows();
         for i in found {
-            assert!(rows.iter().any(|row| row_holds(row, &packets[i])), "{text}: the kernel would not tell {}", PACKETS[i]);
+            assert!(
+                rows.iter().any(|row| row_holds(row, &packets[i])),
+                "{text}: the kernel would not tell {}",
+                PACKETS[i]
+            );
         }
     }
 }

@@ -76,9 +76,17 @@ impl Graph {
                 Some(drop) => ("end".to_owned(), format!("✗ {drop}"), true),
                 None => ("end".to_owned(), packet.result.clone(), false),
             };
-            let steps = packet.steps.iter().filter(|step| step.point != "net_dev_start_xmit" && step.point != "kfree_skb" && step.point != "consume_skb");
+            let steps = packet.steps.iter().filter(|step| {
+                step.point != "net_dev_start_xmit" && step.point != "kfree_skb" && step.point != "consume_skb"
+            });
             let steps = steps.map(|step| (step.label(), lane(step), step.took, step.way.clone(), false));
-            let ends = std::iter::once((format!("{}{}", end.1, if is_reply { " (reply)" } else { "" }), Lane::End, 0, String::new(), end.2));
+            let ends = std::iter::once((
+                format!("{}{}", end.1, if is_reply { " (reply)" } else { "" }),
+                Lane::End,
+                0,
+                String::new(),
+                end.2,
+            ));
             for (label, lane, took, way, is_drop) in steps.chain(ends) {
                 let count = times_at.entry(label.clone()).or_default();
                 let key = (is_reply, label.clone(), *count);
@@ -89,7 +97,8 @@ impl Graph {
                 });
                 if let Some(before) = before {
                     let edge = graph.edges.entry((before, number)).or_default();
-                    edge.is_detour = ["switch", "up-call", "forward", "bridge-out", "local-out"].contains(&way.as_str());
+                    edge.is_detour =
+                        ["switch", "up-call", "forward", "bridge-out", "local-out"].contains(&way.as_str());
                     edge.way = way;
                     edge.times.push(took);
                 }
@@ -152,7 +161,9 @@ impl GraphEdge {
     pub fn label(&self) -> String {
         let mut times = self.times.clone();
         times.sort_unstable();
-        let at = |thousandths: usize| times.get((times.len() * thousandths).div_ceil(1000).saturating_sub(1)).copied().unwrap_or(0);
+        let at = |thousandths: usize| {
+            times.get((times.len() * thousandths).div_ceil(1000).saturating_sub(1)).copied().unwrap_or(0)
+        };
         if self.way.is_empty() {
             return self.times.len().to_string();
         }
@@ -167,9 +178,11 @@ mod tests {
 
     #[test]
     fn paths_are_merged() {
-        let recorded = Recorded::new([lines("a1", 500, false), lines("a2", 700, false), lines("a3", 700, true)].concat().iter());
+        let recorded =
+            Recorded::new([lines("a1", 500, false), lines("a2", 700, false), lines("a3", 700, true)].concat().iter());
         let graph = Graph::new(&recorded);
-        let labels: Vec<(&str, usize, bool)> = graph.nodes.iter().map(|node| (node.label.as_str(), node.rank, node.is_drop)).collect();
+        let labels: Vec<(&str, usize, bool)> =
+            graph.nodes.iter().map(|node| (node.label.as_str(), node.rank, node.is_drop)).collect();
         assert_eq!(
             labels,
             [

@@ -69,12 +69,15 @@ pub struct HookEntry {
 }
 
 /// Functions of br_netfilter, which pass on at once what they are not to look at.
-const PASSING: [&str; 5] = ["br_nf_pre_routing", "br_nf_forward", "br_nf_forward_ip", "br_nf_post_routing", "ip_sabotage_in"];
+const PASSING: [&str; 5] =
+    ["br_nf_pre_routing", "br_nf_forward", "br_nf_forward_ip", "br_nf_post_routing", "ip_sabotage_in"];
 
 impl HookEntry {
     /// Only there for br_netfilter, and without effect where that is off?
     pub fn is_passing(&self) -> bool {
-        PASSING.contains(&self.function.as_str()) || self.function == "br_nf_local_in" || self.function == "br_nf_forward_arp"
+        PASSING.contains(&self.function.as_str())
+            || self.function == "br_nf_local_in"
+            || self.function == "br_nf_forward_arp"
     }
 
     /// Function or chain.
@@ -165,7 +168,12 @@ mod tests {
                 reserved: 0,
             };
             entry.chain.iter_mut().zip(chain.bytes()).for_each(|(to, from)| *to = from);
-            entry.table.iter_mut().zip(b"filter").take(if chain.is_empty() { 0 } else { 6 }).for_each(|(to, from)| *to = *from);
+            entry
+                .table
+                .iter_mut()
+                .zip(b"filter")
+                .take(if chain.is_empty() { 0 } else { 6 })
+                .for_each(|(to, from)| *to = *from);
             entry
         };
         let key = |netns, family, hook, index| TraceHookKey { netns, family, hook, index };
@@ -182,9 +190,11 @@ mod tests {
             chain: Some("filter/FORWARD".to_owned()),
         };
         let hooks: Hooks = [((Family::Ip, 2), vec![sabotage, nft.clone()])].into();
-        let expected = [(5, Namespace { pid: 0, hooks: hooks.clone() }), (6, Namespace { pid: 42, hooks: Hooks::new() })];
+        let expected =
+            [(5, Namespace { pid: 0, hooks: hooks.clone() }), (6, Namespace { pid: 42, hooks: Hooks::new() })];
         assert_eq!(inventory, Inventory(expected.into()));
-        let passed = Passed { hooks: [(Family::Ip, number::FWD), (Family::Ip, number::PRE)].into(), ..Passed::default() };
+        let passed =
+            Passed { hooks: [(Family::Ip, number::FWD), (Family::Ip, number::PRE)].into(), ..Passed::default() };
         assert_eq!(passed.touched(&hooks, false), [(Family::Ip, number::FWD, &nft)]);
     }
 }

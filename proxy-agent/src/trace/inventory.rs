@@ -27,7 +27,9 @@ impl std::str::FromStr for Which {
         match text {
             "own" => Ok(Self::Own),
             "all" => Ok(Self::All),
-            number => number.parse().map(Self::Number).map_err(|_| format!("`{text}`: expected own, all or an inode number")),
+            number => {
+                number.parse().map(Self::Number).map_err(|_| format!("`{text}`: expected own, all or an inode number"))
+            }
         }
     }
 }
@@ -52,7 +54,12 @@ pub fn choose(inventory: &Inventory, which: &Which) -> Vec<(u32, Namespace)> {
         Which::All => true,
         Which::Number(wanted) => number == *wanted,
     };
-    inventory.0.iter().filter(|(number, _)| wanted(**number)).map(|(number, namespace)| (*number, namespace.clone())).collect()
+    inventory
+        .0
+        .iter()
+        .filter(|(number, _)| wanted(**number))
+        .map(|(number, namespace)| (*number, namespace.clone()))
+        .collect()
 }
 
 /// For people.
@@ -66,7 +73,8 @@ pub fn text(namespaces: &[(u32, Namespace)]) -> String {
         }
         for ((family, hook), entries) in &namespace.hooks {
             for entry in entries {
-                let passing = if entry.is_passing() { "  (br_netfilter's; passes on while bridge-nf-call-* is 0)" } else { "" };
+                let passing =
+                    if entry.is_passing() { "  (br_netfilter's; passes on while bridge-nf-call-* is 0)" } else { "" };
                 let chain = entry.chain.as_ref().map(|chain| format!("  nft {chain}")).unwrap_or_default();
                 lines.push(format!(
                     "  {:<7}{:<5}{:>7}  {}{chain}{passing}",

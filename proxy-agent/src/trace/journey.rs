@@ -282,7 +282,10 @@ impl Journey {
 
     /// As it was last seen on this node.
     pub fn last(&self) -> Option<&Packet> {
-        self.sights().rev().filter(|sight| !matches!(sight.place, Place::Beyond(_))).find_map(|sight| sight.packet.as_ref())
+        self.sights()
+            .rev()
+            .filter(|sight| !matches!(sight.place, Place::Beyond(_)))
+            .find_map(|sight| sight.packet.as_ref())
     }
 
     /// Steps on this node.
@@ -321,11 +324,13 @@ impl Journey {
             return Ending::Unknown;
         };
         let went_beyond = self.sights().any(|sight| matches!(sight.place, Place::Beyond(_)) && sight.at >= last.at);
-        let moved = self.sights().rev().find(|sight| matches!(sight.point, Point::Receive | Point::Queue | Point::Transmit));
+        let moved =
+            self.sights().rev().find(|sight| matches!(sight.point, Point::Receive | Point::Queue | Point::Transmit));
         let arrived = |sight: &Sight| match &sight.place {
             Place::Pod(..) => sight.point == Point::Receive,
             Place::Host(_) => {
-                sight.point == Point::Receive && sight.packet.as_ref().is_some_and(|packet| names.own.contains(&packet.dst))
+                sight.point == Point::Receive
+                    && sight.packet.as_ref().is_some_and(|packet| names.own.contains(&packet.dst))
             }
             Place::Beyond(_) | Place::Nowhere => false,
         };
@@ -334,7 +339,9 @@ impl Journey {
         }
         match moved {
             Some(sight) if arrived(sight) => Ending::Delivered,
-            Some(sight) if sight.point == Point::Transmit && sight.is_on_host() && !names.veths.contains(&sight.ifindex) => {
+            Some(sight)
+                if sight.point == Point::Transmit && sight.is_on_host() && !names.veths.contains(&sight.ifindex) =>
+            {
                 Ending::LeftNode
             }
             _ if last.point == Point::Consume => Ending::Consumed,
@@ -427,7 +434,8 @@ mod tests {
 
     #[test]
     fn a_stack_ends_where_the_packet_was_taken_from_a_queue() {
-        let stack = ["bpf_prog_4f_queue", "bpf_trace_run1", "__dev_queue_xmit", "br_forward", "process_backlog", "ip_output"];
+        let stack =
+            ["bpf_prog_4f_queue", "bpf_trace_run1", "__dev_queue_xmit", "br_forward", "process_backlog", "ip_output"];
         assert_eq!(own_frames(stack.map(str::to_owned).into_iter()), ["__dev_queue_xmit", "br_forward"]);
     }
 }

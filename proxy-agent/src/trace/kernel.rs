@@ -87,7 +87,10 @@ mod tests {
     fn reasons_are_named_as_this_kernel_numbers_them() {
         let names = ["SKB_NOT_DROPPED_YET", "SKB_DROP_REASON_NOT_SPECIFIED", "SKB_DROP_REASON_NO_SOCKET"];
         let kernel = Kernel::with_reasons((0..).zip(names.map(str::to_owned)).collect());
-        assert_eq!([1, 2, 9, 0x2_0003].map(|n| kernel.reason(n)), ["NOT_SPECIFIED", "NO_SOCKET", "REASON_9", "SUBSYSTEM_2_3"]);
+        assert_eq!(
+            [1, 2, 9, 0x2_0003].map(|n| kernel.reason(n)),
+            ["NOT_SPECIFIED", "NO_SOCKET", "REASON_9", "SUBSYSTEM_2_3"]
+        );
         assert_eq!([0, 1, 2].map(|n| kernel.is_drop(n)), [false, true, true]);
     }
 }

@@ -1,5 +1,7 @@
 //! A journey as one line of `key=value`, for `grep`.
 
+use std::fmt::Write as _;
+
 use super::story::{Context, Story};
 
 /// The line. Values with spaces are in quotes.
@@ -33,7 +35,7 @@ pub fn line(number: &str, clock: &str, story: &Story<'_>, context: Context<'_>) 
             text.push(' ');
         }
         let quoted = value.contains(' ') || value.is_empty();
-        text.push_str(&if quoted { format!("{key}={value:?}") } else { format!("{key}={value}") });
+        let _ = if quoted { write!(text, "{key}={value:?}") } else { write!(text, "{key}={value}") };
     }
     text
 }

@@ -1,6 +1,7 @@
 //! `trace live`: follows packets until enough were seen.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use super::journey::{Assembly, Decision, Ending, Journey, Sight, Step, id_of, ow
 use super::kernel::Kernel;
 use super::names::Names;
 use super::output::Output;
-use super::packet::Packet;
+use super::packet::{Packet, flag};
 use super::selection::Selection;
 use super::story::{Context, Story};
 use super::{TraceError, boot_epoch, layout, maps, monotonic, own_namespace, record};
@@ -23,6 +24,7 @@ use crate::dataplane::probes::{Cost, Probes, Probing, Told};
 
 /// What to follow, and for how long.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub struct Options {
     /// The agent's pins.
     pub pin_root: PathBuf,
@@ -60,6 +62,8 @@ pub struct Options {
     pub expectations: Expectations,
 }
 
+/// Flags of what answers a request to open a connection.
+const ANSWER: u8 = flag::SYN | flag::ACK;
 /// How often the rings are read.
 const TICK: Duration = Duration::from_millis(20);
 /// A packet of which nothing was seen for so long has ended.
@@ -89,7 +93,7 @@ impl Numbers {
         }
         self.next += 1;
         let known = seen.iter().any(|packet| self.forward.contains_key(&key(packet)));
-        let answers = seen.iter().any(|packet| packet.flags & 18 == 18);
+        let answers = seen.iter().any(|packet| packet.flags & ANSWER == ANSWER);
         let backward = seen.first().is_some_and(|packet| !selection.is_forward(packet, names) && !selection.is_all());
         if !known && (answers || backward && !seen.iter().any(|packet| packet.opens())) {
             return (self.next, true);
@@ -237,7 +241,9 @@ impl Session {
     async fn follow(&mut self) -> Result<Outcome, TraceError> {
         let mut ticks = tokio::time::interval(TICK);
         let end = tokio::time::Instant::now() + self.options.limit;
-        let signal = |kind| tokio::signal::unix::signal(kind).map_err(|source| TraceError::File { path: "signal".to_owned(), source });
+        let signal = |kind| {
+            tokio::signal::unix::signal(kind).map_err(|source| TraceError::File { path: "signal".to_owned(), source })
+        };
         let mut interrupt = signal(tokio::signal::unix::SignalKind::interrupt())?;
         let mut terminate = signal(tokio::signal::unix::SignalKind::terminate())?;
         let mut tick: u64 = 0;
@@ -343,7 +349,8 @@ impl Session {
                 break;
             }
             let last_is_foreign = journey.sights().all(|sight| matches!(sight.place, super::journey::Place::Beyond(_)));
-            let (number, is_reply) = if last_is_foreign { (0, false) } else { self.numbers.number(&journey, &self.selection, &self.names) };
+            let (number, is_reply) =
+                if last_is_foreign { (0, false) } else { self.numbers.number(&journey, &self.selection, &self.names) };
             if last_is_foreign || !self.is_wanted(&journey, is_reply) {
                 self.beside += 1;
                 continue;
@@ -429,14 +436,10 @@ impl Session {
         });
         let endings: Vec<String> = self.endings.iter().map(|(name, count)| format!("{count} {name}")).collect();
         let endings = if endings.is_empty() { "no packet".to_owned() } else { endings.join(", ") };
-        text.push_str(&format!(
-            "{head}: {endings}; {} events; lost: {}{cost}",
-            counted(count::EVENTS),
-            lost_text.join(", ")
-        ));
+        let (events, lost_text) = (counted(count::EVENTS), lost_text.join(", "));
+        let _ = write!(text, "{head}: {endings}; {events} events; lost: {lost_text}{cost}");
         let lost = record::lost(&lost);
         self.write(|output| output.end(&lost, &summary, &text))?;
         Ok(outcome)
     }
 }
-

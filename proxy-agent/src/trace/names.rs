@@ -266,12 +266,8 @@ pub(super) mod tests {
         let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
         let mut names = Names {
             services: [(7, "shop/api:http".to_owned())].into(),
-            frontends: [
-                ((ip("10.96.0.7"), 80, 6), 7),
-                ((ip("fd96::7"), 80, 6), 7),
-                ((ip("0.0.0.0"), 30080, 6), 7),
-            ]
-            .into(),
+            frontends: [((ip("10.96.0.7"), 80, 6), 7), ((ip("fd96::7"), 80, 6), 7), ((ip("0.0.0.0"), 30080, 6), 7)]
+                .into(),
             candidates: [(7, 2)].into(),
             backends: [
                 (1, BackendName { address: "10.1.0.3:8080".parse().expect("an address"), service: 7 }),

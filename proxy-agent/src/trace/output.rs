@@ -90,7 +90,11 @@ impl Output {
                 let named = super::story::named(packet, source, context.names);
                 named.split(" (").next().unwrap_or_default().to_owned()
             };
-            let strip = |name: String| name.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok()).map_or(name.clone(), |(ip, _)| ip.to_owned());
+            let strip = |name: String| {
+                name.rsplit_once(':')
+                    .filter(|(_, port)| port.parse::<u16>().is_ok())
+                    .map_or(name.clone(), |(ip, _)| ip.to_owned())
+            };
             format!("{} → {}", strip(name(true)), strip(name(false)))
         });
         let steps = story.signature();
@@ -104,7 +108,9 @@ impl Output {
         match self.form {
             Form::Tree if is_first || self.each => write!(self.to, "{}", tree::block(number, &clock, story, context)),
             Form::Line => writeln!(self.to, "{}", line::line(number, &clock, story, context)),
-            Form::Ndjson => record::lines(number, story, context).iter().try_for_each(|line| writeln!(self.to, "{line}")),
+            Form::Ndjson => {
+                record::lines(number, story, context).iter().try_for_each(|line| writeln!(self.to, "{line}"))
+            }
             Form::Pcapng | Form::Mermaid | Form::Svg => {
                 self.kept.extend(record::lines(number, story, context));
                 Ok(())
@@ -167,7 +173,13 @@ impl Path {
 
     fn line(&self) -> String {
         let (p50, p99) = (tree::duration(self.quantile(500)), tree::duration(self.quantile(990)));
-        format!("×{:<5} {}  {}  p50 {p50}  p99 {p99}  {} steps", self.times.len(), self.who, self.ending, self.steps.len())
+        format!(
+            "×{:<5} {}  {}  p50 {p50}  p99 {p99}  {} steps",
+            self.times.len(),
+            self.who,
+            self.ending,
+            self.steps.len()
+        )
     }
 }
 
@@ -213,7 +225,10 @@ mod tests {
     fn clocks_are_written() {
         assert_eq!(clock(1_763_799_600_123_456_789, false), "08:20:00.123456");
         assert_eq!(clock(1_763_799_600_123_456_789, true), "2025-11-22T08:20:00.123456Z");
-        assert_eq!([0, 59, 11_016, 19_782, 20_512].map(date), [(1970, 1, 1), (1970, 3, 1), (2000, 2, 29), (2024, 2, 29), (2026, 2, 28)]);
+        assert_eq!(
+            [0, 59, 11_016, 19_782, 20_512].map(date),
+            [(1970, 1, 1), (1970, 3, 1), (2000, 2, 29), (2024, 2, 29), (2026, 2, 28)]
+        );
     }
 
     #[test]

@@ -22,7 +22,8 @@ fn escape(text: &str) -> String {
 fn wrap(text: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {
-        let full = lines.last().is_some_and(|line| !line.is_empty() && line.chars().count() + word.chars().count() >= LETTERS);
+        let full =
+            lines.last().is_some_and(|line| !line.is_empty() && line.chars().count() + word.chars().count() >= LETTERS);
         if full {
             lines.push(String::new());
         }
@@ -69,7 +70,12 @@ pub fn svg(graph: &Graph) -> String {
         let label = edge.label();
         for (line, part) in label.splitn(3, " · ").enumerate() {
             let y = usize::midpoint(y1, y2) + line * 12;
-            let _ = writeln!(text, "<text x=\"{middle}\" y=\"{}\" text-anchor=\"middle\" fill=\"#333\">{}</text>", y.saturating_sub(8), escape(part));
+            let _ = writeln!(
+                text,
+                "<text x=\"{middle}\" y=\"{}\" text-anchor=\"middle\" fill=\"#333\">{}</text>",
+                y.saturating_sub(8),
+                escape(part)
+            );
         }
     }
     for (node, (x, y)) in graph.nodes.iter().zip(&places) {

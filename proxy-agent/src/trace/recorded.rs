@@ -75,7 +75,11 @@ fn owner(reference: &Value, address: &Value) -> String {
     match (reference["kind"].as_str(), reference["port"].as_str()) {
         (Some("node"), _) => "node".to_owned(),
         (Some("pod"), _) => format!("{}/{name}", text(&reference["ns"])).trim_start_matches('/').to_owned(),
-        (Some(kind), port) => format!("{kind} {}/{name}{}", text(&reference["ns"]), port.map(|port| format!(":{port}")).unwrap_or_default()),
+        (Some(kind), port) => format!(
+            "{kind} {}/{name}{}",
+            text(&reference["ns"]),
+            port.map(|port| format!(":{port}")).unwrap_or_default()
+        ),
         (None, _) => text(address),
     }
 }
@@ -90,7 +94,12 @@ impl Recorded {
             let kind = line["t"].as_str().unwrap_or_default();
             match kind {
                 "meta" => recorded.meta = line.clone(),
-                "lost" => recorded.lost = ["ringbuf", "decisions", "recursion", "map_full"].iter().filter_map(|name| line[*name].as_u64()).sum(),
+                "lost" => {
+                    recorded.lost = ["ringbuf", "decisions", "recursion", "map_full"]
+                        .iter()
+                        .filter_map(|name| line[*name].as_u64())
+                        .sum();
+                }
                 _ => {}
             }
             if id.is_empty() {
@@ -122,7 +131,8 @@ impl Recorded {
     /// [`TraceError::File`], [`TraceError::Malformed`].
     pub fn read(path: &std::path::Path) -> Result<Self, TraceError> {
         let shown = path.display().to_string();
-        let content = std::fs::read_to_string(path).map_err(|source| TraceError::File { path: shown.clone(), source })?;
+        let content =
+            std::fs::read_to_string(path).map_err(|source| TraceError::File { path: shown.clone(), source })?;
         let mut lines = Vec::new();
         for (number, line) in (1..).zip(content.lines()).filter(|(_, line)| !line.trim().is_empty()) {
             let wrong = |message: String| TraceError::Malformed { path: shown.clone(), line: number, message };
@@ -145,7 +155,8 @@ impl RecordedPacket {
         match kind {
             "pkt" => {
                 self.flow = text(&line["flow"]);
-                self.who = format!("{} → {}", owner(&line["src_ref"], &line["src"]), owner(&line["dst_ref"], &line["dst"]));
+                self.who =
+                    format!("{} → {}", owner(&line["src_ref"], &line["src"]), owner(&line["dst_ref"], &line["dst"]));
             }
             "hop" => {
                 let netns = text(&line["netns_ref"]);
@@ -154,7 +165,11 @@ impl RecordedPacket {
                 let place = pod.map_or_else(|| device.clone(), |pod| format!("{pod} {device}"));
                 let point = text(&line["point"]);
                 let tuple = &line["tuple"];
-                let ends = if tuple.is_null() { String::new() } else { format!(" {}:{} > {}:{}", text(&tuple["src"]), tuple["sport"], text(&tuple["dst"]), tuple["dport"]) };
+                let ends = if tuple.is_null() {
+                    String::new()
+                } else {
+                    format!(" {}:{} > {}:{}", text(&tuple["src"]), tuple["sport"], text(&tuple["dst"]), tuple["dport"])
+                };
                 self.steps.push(RecordedStep {
                     ns: number("ns"),
                     took: number("d_ns"),
@@ -174,7 +189,13 @@ impl RecordedPacket {
                 let service = if service.is_null() {
                     String::new()
                 } else {
-                    format!(" svc {}/{}:{} → {}", text(&service["ns"]), text(&service["name"]), text(&service["port"]), text(&service["backend"]))
+                    format!(
+                        " svc {}/{}:{} → {}",
+                        text(&service["ns"]),
+                        text(&service["name"]),
+                        text(&service["port"]),
+                        text(&service["backend"])
+                    )
                 };
                 self.steps.push(RecordedStep {
                     ns: number("ns"),
@@ -241,7 +262,9 @@ pub(super) mod tests {
         } else {
             lines.push(hop(2, "pod shop/api-0", "eth0", "netif_receive_skb", "wire"));
         }
-        lines.push(json!({"t": "end", "id": id, "result": if dropped { "dropped" } else { "delivered" }, "ns_total": 2 * ns}));
+        lines.push(
+            json!({"t": "end", "id": id, "result": if dropped { "dropped" } else { "delivered" }, "ns_total": 2 * ns}),
+        );
         lines
     }
 
@@ -249,23 +272,38 @@ pub(super) mod tests {
     fn lines_are_read_back() {
         let recorded = Recorded::new(lines("a", 500, false).iter());
         let packet = &recorded.packets[0];
-        assert_eq!((packet.who.as_str(), packet.result.as_str(), packet.total), ("shop/web-0 → service shop/api:http", "delivered", 1000));
+        assert_eq!(
+            (packet.who.as_str(), packet.result.as_str(), packet.total),
+            ("shop/web-0 → service shop/api:http", "delivered", 1000)
+        );
         assert_eq!(
             packet.signature(),
-            ["shop/web-0 eth0 net_dev_queue", "veth7 from_pod: service_new redirect", "shop/api-0 eth0 netif_receive_skb"]
+            [
+                "shop/web-0 eth0 net_dev_queue",
+                "veth7 from_pod: service_new redirect",
+                "shop/api-0 eth0 netif_receive_skb"
+            ]
         );
         assert_eq!(recorded.names[&"10.1.0.2".parse::<IpAddr>().expect("an address")], "shop/web-0");
-        assert_eq!(packet.steps[1].comment, "#1 from_pod at veth7: service_new redirect svc shop/api:http → 10.1.0.3:8080");
+        assert_eq!(
+            packet.steps[1].comment,
+            "#1 from_pod at veth7: service_new redirect svc shop/api:http → 10.1.0.3:8080"
+        );
     }
 
     #[test]
     fn other_files_are_refused() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("trace");
-        for (content, line) in [("", 1), ("{}\n", 1), ("x\n", 1), ("{\"t\":\"meta\",\"v\":1}\n{\n", 2), ("{\"t\":\"meta\",\"v\":99}\n", 1)] {
+        for (content, line) in
+            [("", 1), ("{}\n", 1), ("x\n", 1), ("{\"t\":\"meta\",\"v\":1}\n{\n", 2), ("{\"t\":\"meta\",\"v\":99}\n", 1)]
+        {
             std::fs::write(&path, content).expect("written");
             let error = Recorded::read(&path).expect_err(content);
-            assert!(matches!(error, TraceError::Malformed { line: found, .. } if found == line), "{content:?}: {error}");
+            assert!(
+                matches!(error, TraceError::Malformed { line: found, .. } if found == line),
+                "{content:?}: {error}"
+            );
         }
         assert!(matches!(Recorded::read(&directory.path().join("none")), Err(TraceError::File { .. })));
     }

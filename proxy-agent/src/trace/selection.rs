@@ -110,12 +110,18 @@ impl std::str::FromStr for End {
         if let Some(rest) = text.strip_prefix("svc:") {
             let (name, port) = rest.split_once(':').map_or((rest, None), |(name, port)| (name, Some(port)));
             let (port, proto) = match port.and_then(|port| port.split_once('/')) {
-                Some((port, proto)) => (Some(port), Some(protocol(proto).ok_or_else(|| wrong("protocols are tcp, udp and sctp"))?)),
+                Some((port, proto)) => {
+                    (Some(port), Some(protocol(proto).ok_or_else(|| wrong("protocols are tcp, udp and sctp"))?))
+                }
                 None => (port, None),
             };
             let who = Who::Service(name.to_owned(), port.map(str::to_owned));
             let end = Self { who, port: None, proto };
-            return if named(name) { Ok(end) } else { Err(wrong("a Service is `svc:NAMESPACE/NAME`, with `:PORT` if need be")) };
+            return if named(name) {
+                Ok(end)
+            } else {
+                Err(wrong("a Service is `svc:NAMESPACE/NAME`, with `:PORT` if need be"))
+            };
         }
         if let Some(name) = text.strip_prefix("dev:") {
             return Ok(Self { who: Who::Device(name.to_owned()), port: None, proto: None });
@@ -195,7 +201,10 @@ impl Selection {
         };
         if !well_formed {
             let word = words.get(1).cloned().unwrap_or_default();
-            return Err(SelectionError::Unreadable { word, message: "a selection is one side, or two with `to` between them" });
+            return Err(SelectionError::Unreadable {
+                word,
+                message: "a selection is one side, or two with `to` between them",
+            });
         }
         for (side, word) in selection.sides.iter_mut().zip(ends) {
             let end: End = word.parse()?;
@@ -283,7 +292,9 @@ impl Side {
             Who::Service(name, port) => {
                 side.services = names.service_ports(name, port.as_deref());
                 if side.services.is_empty() {
-                    let what = port.as_ref().map_or_else(|| format!("Service {name}"), |port| format!("Service {name} with a port {port}"));
+                    let what = port
+                        .as_ref()
+                        .map_or_else(|| format!("Service {name}"), |port| format!("Service {name} with a port {port}"));
                     return Err(SelectionError::Unknown { what, nearest: names.nearest("svc", name) });
                 }
                 for ((ip, port, _), service) in &names.frontends {
@@ -325,9 +336,7 @@ impl Side {
                 let frontend = names.frontend(address, proto).is_some_and(|found| self.services.contains(&found));
                 frontend || self.services.contains(&service) && self.exact.contains(&(address.ip(), address.port()))
             }
-            Some(Who::Pod(_) | Who::Node) => {
-                self.exact.contains(&(address.ip(), self.port.unwrap_or(0)))
-            }
+            Some(Who::Pod(_) | Who::Node) => self.exact.contains(&(address.ip(), self.port.unwrap_or(0))),
         }
     }
 }

@@ -199,7 +199,10 @@ impl<'a> Story<'a> {
             cause: (ending == Ending::Dropped).then(|| drops::cause(journey, context.kernel)),
             passed: Passed::default(),
             bridge_nf: journey.sights().filter(on_host).any(|sight| sight.bridge_nf)
-                || journey.sights().filter(on_host).any(|sight| sight.stack.iter().any(|name| name.starts_with("br_nf_"))),
+                || journey
+                    .sights()
+                    .filter(on_host)
+                    .any(|sight| sight.stack.iter().any(|name| name.starts_with("br_nf_"))),
             conntrack: journey.sights().filter(on_host).any(|sight| sight.nfct != 0),
             split: Split::default(),
         };
@@ -211,9 +214,11 @@ impl<'a> Story<'a> {
     /// Hooks on the ways that it took through the node's namespace.
     fn passed(&self) -> Passed {
         let mut passed = Passed::default();
-        let family = if self.journey.first().is_some_and(|packet| packet.src.is_ipv6()) { Family::Ip6 } else { Family::Ip };
+        let family =
+            if self.journey.first().is_some_and(|packet| packet.src.is_ipv6()) { Family::Ip6 } else { Family::Ip };
         for leg in &self.legs {
-            let bridged = leg.step.sight().is_some_and(|sight| sight.bridge_nf) || self.bridge_nf && leg.way == Way::Switch;
+            let bridged =
+                leg.step.sight().is_some_and(|sight| sight.bridge_nf) || self.bridge_nf && leg.way == Way::Switch;
             let (ip, bridge): (&[u32], &[u32]) = match leg.way {
                 Way::Forward => (&[number::PRE, number::FWD, number::POST], &[]),
                 Way::LocalOut => (&[number::OUT, number::POST], &[]),
@@ -251,7 +256,8 @@ impl<'a> Story<'a> {
                     entries.is_some_and(|entries| entries.iter().any(|entry| !entry.is_passing()))
                 })
             };
-            let ip = if self.journey.first().is_some_and(|packet| packet.src.is_ipv6()) { Family::Ip6 } else { Family::Ip };
+            let ip =
+                if self.journey.first().is_some_and(|packet| packet.src.is_ipv6()) { Family::Ip6 } else { Family::Ip };
             let part = match leg.way {
                 Way::Own if is_from(leg.step) => &mut split.own,
                 Way::Queue | Way::Wire => &mut split.queue,
@@ -269,7 +275,9 @@ impl<'a> Story<'a> {
     pub fn touched(&self, hooks: Option<&Hooks>) -> Vec<String> {
         let Some(hooks) = hooks else { return Vec::new() };
         let all = self.passed.touched(hooks, self.bridge_nf);
-        all.iter().map(|(family, number, entry)| format!("{} {}: {}", family.name(), family.hook(*number), entry.name())).collect()
+        all.iter()
+            .map(|(family, number, entry)| format!("{} {}: {}", family.name(), family.hook(*number), entry.name()))
+            .collect()
     }
 
     /// Did netfilter look at it? Where the list of hooks is not known, as far as the packet shows.
@@ -278,9 +286,12 @@ impl<'a> Story<'a> {
             || match hooks {
                 Some(hooks) => !self.passed.touched(hooks, self.bridge_nf).is_empty(),
                 None => self.journey.sights().any(|sight| {
-                    sight.is_on_host() && self.passed.hooks.iter().any(|(family, number)| {
-                        *family != Family::Bridge && sight.hooks >> number & 1 == 1
-                    })
+                    sight.is_on_host()
+                        && self
+                            .passed
+                            .hooks
+                            .iter()
+                            .any(|(family, number)| *family != Family::Bridge && sight.hooks >> number & 1 == 1)
                 }),
             }
     }
@@ -301,7 +312,8 @@ impl<'a> Story<'a> {
             let devices: Vec<&str> = flooded.iter().map(|place| device(place)).collect();
             all.push(format!("flooded to {}: the bridge does not know the receiver", devices.join(", ")));
         }
-        let cpus: BTreeSet<u32> = self.journey.sights().filter(|sight| sight.is_on_host()).map(|sight| sight.cpu).collect();
+        let cpus: BTreeSet<u32> =
+            self.journey.sights().filter(|sight| sight.is_on_host()).map(|sight| sight.cpu).collect();
         if cpus.len() > 1 {
             all.push(format!("changed the CPU on its way through the node: {cpus:?}"));
         }

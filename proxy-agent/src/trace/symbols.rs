@@ -43,10 +43,8 @@ impl Symbols {
 
     /// The function that an address lies in, without what the compiler appended.
     pub fn function(&self, address: u64) -> String {
-        self.find(address).map_or_else(
-            || format!("{address:#x}"),
-            |(name, _)| name.split('.').next().unwrap_or(name).to_owned(),
-        )
+        self.find(address)
+            .map_or_else(|| format!("{address:#x}"), |(name, _)| name.split('.').next().unwrap_or(name).to_owned())
     }
 
     /// Function and distance: `nf_hook_slow+0x7d`.

@@ -18,6 +18,7 @@ use crate::dataplane::probes::{Probes, Probing};
 
 /// What to show.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub struct Options {
     /// The agent's pins.
     pub pin_root: PathBuf,
@@ -158,7 +159,10 @@ pub fn table(groups: &[Group], top: usize, all: bool, seconds: u64) -> String {
     let mut lines = Vec::new();
     for group in shown.iter().take(top) {
         let rate = group.packets.checked_div(seconds).unwrap_or(0);
-        lines.push(format!("{:>8}  {rate:>6}/s  {} at {} on {}  [{}]", group.packets, group.reason, group.place, group.device, group.class));
+        lines.push(format!(
+            "{:>8}  {rate:>6}/s  {} at {} on {}  [{}]",
+            group.packets, group.reason, group.place, group.device, group.class
+        ));
         lines.push(format!("                    last: {}", group.last));
         lines.push(format!("                    fix:  {}", group.advice));
     }
@@ -219,7 +223,9 @@ pub async fn run(options: Options, mut write: impl FnMut(&str) -> std::io::Resul
     };
     probes.follow(&filter, &[], &[])?;
     let began = tokio::time::Instant::now();
-    let signal = |kind| tokio::signal::unix::signal(kind).map_err(|source| TraceError::File { path: "signal".to_owned(), source });
+    let signal = |kind| {
+        tokio::signal::unix::signal(kind).map_err(|source| TraceError::File { path: "signal".to_owned(), source })
+    };
     let mut interrupt = signal(tokio::signal::unix::SignalKind::interrupt())?;
     let mut terminate = signal(tokio::signal::unix::SignalKind::terminate())?;
     let mut ticks = tokio::time::interval(options.every);
@@ -268,9 +274,17 @@ mod tests {
 
     #[test]
     fn drops_are_grouped_named_and_ordered() {
-        let reasons = ["SKB_NOT_DROPPED_YET", "SKB_CONSUMED", "SKB_DROP_REASON_NOT_SPECIFIED", "SKB_DROP_REASON_NO_SOCKET", "SKB_DROP_REASON_OTHERHOST", "SKB_DROP_REASON_TC_INGRESS"];
+        let reasons = [
+            "SKB_NOT_DROPPED_YET",
+            "SKB_CONSUMED",
+            "SKB_DROP_REASON_NOT_SPECIFIED",
+            "SKB_DROP_REASON_NO_SOCKET",
+            "SKB_DROP_REASON_OTHERHOST",
+            "SKB_DROP_REASON_TC_INGRESS",
+        ];
         let kernel = Kernel::with_reasons((0..).zip(reasons.map(str::to_owned)).collect());
-        let key = |reason, peer| TraceDropKey { location: 5, netns: 1, ifindex: 2, reason, proto: 6, peer, reserved: 0 };
+        let key =
+            |reason, peer| TraceDropKey { location: 5, netns: 1, ifindex: 2, reason, proto: 6, peer, reserved: 0 };
         let drops = |packets| {
             let ip = |text: &str| text.parse::<IpAddr>().expect("an address").into();
             let mut device = [0; 16];
@@ -289,8 +303,10 @@ mod tests {
         let rows = [(key(3, 8), drops(2)), (key(4, 0), drops(100)), (key(5, 0), drops(9))];
         let no_backend = (Hook::FromPod as u32, Reason::NoBackend as u32);
         let found = groups(&rows, &[(no_backend, 3)].into(), &[(no_backend, 12)].into(), &names(), &kernel);
-        let short: Vec<(&str, u64, &str, bool)> =
-            found.iter().map(|group| (group.reason.as_str(), group.packets, group.device.as_str(), group.is_routine)).collect();
+        let short: Vec<(&str, u64, &str, bool)> = found
+            .iter()
+            .map(|group| (group.reason.as_str(), group.packets, group.device.as_str(), group.is_routine))
+            .collect();
         assert_eq!(
             short,
             [

@@ -53,7 +53,8 @@ pub fn block(number: &str, clock: &str, story: &Story<'_>, context: Context<'_>)
         let _ = writeln!(text, "│  ⚠ {surprise}");
     }
     let split = story.split;
-    let netfilter = if split.netfilter > 0 { format!(" │ past netfilter {}", duration(split.netfilter)) } else { String::new() };
+    let netfilter =
+        if split.netfilter > 0 { format!(" │ past netfilter {}", duration(split.netfilter)) } else { String::new() };
     let parts = format!(
         "total {}: own {} │ kernel {}{netfilter} │ queue {}",
         duration(journey.total()),
@@ -112,7 +113,11 @@ fn rows(story: &Story<'_>, names: &Names) -> Vec<Row> {
                     // The driver's part of the line before; worth a word only when the packet waited.
                     (Point::Transmit, Some(row)) => {
                         if leg.took > 100_000 {
-                            row.more.push(format!("waited {} in the queue of {}", duration(leg.took), device(&sight.place)));
+                            row.more.push(format!(
+                                "waited {} in the queue of {}",
+                                duration(leg.took),
+                                device(&sight.place)
+                            ));
                         }
                     }
                     (Point::Receive, Some(row)) if leg.way == Way::Wire => {
@@ -123,10 +128,19 @@ fn rows(story: &Story<'_>, names: &Names) -> Vec<Row> {
                     }
                     (Point::Drop, _) => {}
                     (Point::Consume, _) => {
-                        rows.push(Row { offset, text: format!("{}  used up", place(&sight.place)), took: String::new(), more });
+                        rows.push(Row {
+                            offset,
+                            text: format!("{}  used up", place(&sight.place)),
+                            took: String::new(),
+                            more,
+                        });
                     }
                     _ => {
-                        let took = if leg.way == Way::Begin { String::new() } else { format!("kernel {}", duration(leg.took)) };
+                        let took = if leg.way == Way::Begin {
+                            String::new()
+                        } else {
+                            format!("kernel {}", duration(leg.took))
+                        };
                         let text = format!("{}{}", way(leg.way), place(&sight.place));
                         rows.push(Row { offset, text, took, more });
                     }
@@ -163,8 +177,17 @@ fn decided(decision: &Decision, leg: &Leg<'_>, offset: u64, names: &Names) -> Ro
     if let Some(reason) = decision.reason {
         more.push(format!("because   {}", reason.text()));
     }
-    let took = if leg.way == Way::Own && direction == "tc ingress" { format!("own {}", duration(leg.took)) } else { String::new() };
-    Row { offset, text: format!("{}{pod} {direction}  {hook}: {} {verdict}", decision.device, decision.reason_name()), took, more }
+    let took = if leg.way == Way::Own && direction == "tc ingress" {
+        format!("own {}", duration(leg.took))
+    } else {
+        String::new()
+    };
+    Row {
+        offset,
+        text: format!("{}{pod} {direction}  {hook}: {} {verdict}", decision.device, decision.reason_name()),
+        took,
+        more,
+    }
 }
 
 /// Who of netfilter was on its way.
@@ -178,7 +201,8 @@ fn panel(story: &Story<'_>, hooks: Option<&Hooks>) -> String {
         let entries = hooks.get(&(*family, *number)).map(Vec::as_slice).unwrap_or_default();
         let names: Vec<String> =
             entries.iter().filter(|entry| !entry.is_passing()).map(super::hooks::HookEntry::name).collect();
-        let by = if *family != Family::Bridge && story.passed.by_bridge.contains(number) { " by br_netfilter" } else { "" };
+        let by =
+            if *family != Family::Bridge && story.passed.by_bridge.contains(number) { " by br_netfilter" } else { "" };
         let entries = if names.is_empty() { "–".to_owned() } else { names.join(", ") };
         if *family != Family::Bridge || !names.is_empty() {
             parts.push(format!("{} {}{by} {entries}", family.name(), family.hook(*number)));

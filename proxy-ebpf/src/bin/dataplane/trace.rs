@@ -8,8 +8,8 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns, bpf_probe_read_kernel};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, RingBuf};
-use proxy_abi::{Hook, Reason};
 use proxy_abi::trace::{PACKETS, RING_BYTES, TraceControl, TraceDecision, TracePacket};
+use proxy_abi::{Hook, Reason};
 
 use crate::ctx::Skb;
 use crate::exit::Outcome;

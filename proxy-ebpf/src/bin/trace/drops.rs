@@ -17,9 +17,8 @@ pub(crate) fn group(skb: u64, location: u64, reason: u32) {
         return;
     }
     // SAFETY: `skb` comes from a tracepoint; the device may be anything in a socket's queue.
-    let (head, device, len) = unsafe {
-        (field::<u64>(skb, &SKB_HEAD), field::<u64>(skb, &SKB_DEV), field::<u32>(skb, &SKB_LEN))
-    };
+    let (head, device, len) =
+        unsafe { (field::<u64>(skb, &SKB_HEAD), field::<u64>(skb, &SKB_DEV), field::<u32>(skb, &SKB_LEN)) };
     let net: u64 = read(device + u64::from(DEV_NET.load()));
     let netns: u32 = read(net + u64::from(NET_INUM.load()));
     let mut peer = 0;

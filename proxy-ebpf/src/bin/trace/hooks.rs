@@ -68,7 +68,11 @@ extern "C" fn hook_entries(entries: u64, netns: u32, family: u32, hook: u32) -> 
         }
         // Behind the entries, of 16 bytes, lie pointers to what they were registered with.
         let operations: u64 = read(first + u64::from(number) * 16 + u64::from(index) * 8);
-        hook_entry(first + u64::from(index) * 16, operations, u64::from(netns) << 32 | u64::from(family) << 16 | u64::from(hook) << 8 | u64::from(index));
+        hook_entry(
+            first + u64::from(index) * 16,
+            operations,
+            u64::from(netns) << 32 | u64::from(family) << 16 | u64::from(hook) << 8 | u64::from(index),
+        );
         index += 1;
     }
     0

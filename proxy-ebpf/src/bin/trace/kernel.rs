@@ -4,8 +4,8 @@
 //! outside of typed memory is read by helper.
 
 use aya_ebpf::Global;
-use aya_ebpf::helpers::generated::bpf_probe_read_kernel as read_bytes;
 use aya_ebpf::helpers::bpf_probe_read_kernel;
+use aya_ebpf::helpers::generated::bpf_probe_read_kernel as read_bytes;
 use core::ffi::c_void;
 use proxy_abi::trace::SNAP;
 use proxy_abi::{IpBytes, PortBe};
@@ -79,7 +79,8 @@ impl Header {
     #[inline(always)]
     pub(crate) fn read(&mut self, address: u64) -> bool {
         // SAFETY: the buffer is as long as said; the helper checks the address.
-        if unsafe { read_bytes(self.bytes.as_mut_ptr().cast::<c_void>(), HEADER as u32, address as *const c_void) } != 0 {
+        if unsafe { read_bytes(self.bytes.as_mut_ptr().cast::<c_void>(), HEADER as u32, address as *const c_void) } != 0
+        {
             return false;
         }
         let version = self.bytes[0] >> 4;
@@ -158,9 +159,8 @@ impl Header {
 #[inline(always)]
 pub(crate) fn ip_header(skb: u64, head: u64, received: bool) -> (u64, u32) {
     // SAFETY: `skb` comes from a tracepoint.
-    let (tail, network, data) = unsafe {
-        (field::<u32>(skb, &SKB_TAIL), field::<u16>(skb, &SKB_NETWORK), field::<u64>(skb, &SKB_DATA))
-    };
+    let (tail, network, data) =
+        unsafe { (field::<u32>(skb, &SKB_TAIL), field::<u16>(skb, &SKB_NETWORK), field::<u64>(skb, &SKB_DATA)) };
     // The stack has not set the offset when it takes a packet from a device: its data begins there then.
     let offset = if received { data.wrapping_sub(head) as u32 } else { u32::from(network) };
     let linear = tail.wrapping_sub(offset);

@@ -1,6 +1,8 @@
 //! A packet at a tracepoint: is it followed, or to be followed from here on?
 
-use aya_ebpf::helpers::generated::{bpf_get_smp_processor_id, bpf_get_stackid, bpf_ktime_get_ns, bpf_probe_read_kernel};
+use aya_ebpf::helpers::generated::{
+    bpf_get_smp_processor_id, bpf_get_stackid, bpf_ktime_get_ns, bpf_probe_read_kernel,
+};
 use core::ffi::c_void;
 use proxy_abi::trace::{SNAP, TraceEvent, TraceFilter, TracePacket, count, point};
 
@@ -101,12 +103,13 @@ impl Sight {
 
     #[inline(always)]
     fn tell(&self, id: u64, filter: &TraceFilter, location: u64, reason: u32) {
-        let stack = if filter.flags & TraceFilter::STACKS != 0 && (self.point == point::QUEUE || self.point == point::DROP) {
-            // SAFETY: the context is the program's own; the helper checks the map.
-            unsafe { bpf_get_stackid(self.ctx, (&raw const STACK).cast_mut().cast::<c_void>(), 0x200) }
-        } else {
-            -1
-        };
+        let stack =
+            if filter.flags & TraceFilter::STACKS != 0 && (self.point == point::QUEUE || self.point == point::DROP) {
+                // SAFETY: the context is the program's own; the helper checks the map.
+                unsafe { bpf_get_stackid(self.ctx, (&raw const STACK).cast_mut().cast::<c_void>(), 0x200) }
+            } else {
+                -1
+            };
         let Some(mut entry) = EVENT.reserve::<TraceEvent>(0) else {
             maps::count(count::RING_FULL);
             return;
@@ -129,7 +132,8 @@ impl Sight {
             (*event).reason = reason;
             (*event).stack = if stack < 0 { TraceEvent::NO_STACK } else { stack as u32 };
             let device: u64 = field(self.skb, &SKB_DEV);
-            let device = if self.point == point::DROP || self.point == point::CONSUME { untyped(device) } else { device };
+            let device =
+                if self.point == point::DROP || self.point == point::CONSUME { untyped(device) } else { device };
             let (mut netns, mut ifindex, mut peer, mut hooks) = (0_u32, 0_u32, 0, 0);
             let mut name = [0_u64; 2];
             if device != 0 {
