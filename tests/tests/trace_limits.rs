@@ -9,7 +9,7 @@ use aya::programs::SchedClassifier;
 use proxy_agent::dataplane::{object, sysbpf};
 use proxy_tests::scenario::{SERVICE_PORT, Scenario, matrix};
 use proxy_tests::tracer::{self, Tracer};
-use proxy_tests::traffic::tcp_exchange;
+use proxy_tests::traffic::{UdpOptions, tcp_exchange, tcp_rr, udp_exchange};
 use proxy_tests::{ClusterSpec, Deadline, Family, NodeSpec};
 
 fn build() -> Scenario {
@@ -26,11 +26,25 @@ fn ask(scenario: &Scenario, server: &str) {
     tcp_exchange(&scenario.netns("a").expect("a namespace"), target(server), 100, 100).expect("an exchange");
 }
 
-/// A program of the probes, by its name in the kernel.
-fn probes() -> BTreeSet<u32> {
-    let names: [&[u8]; 5] = [b"receive", b"queue", b"transmit", b"dropped", b"consumed"];
-    let all = aya::programs::loaded_programs().flatten();
-    all.filter(|program| names.contains(&program.name())).map(|program| program.id()).collect()
+/// Ids of the programs and maps that a process holds: the first and the second.
+fn held(pid: u32) -> [BTreeSet<u32>; 2] {
+    let mut held = [BTreeSet::new(), BTreeSet::new()];
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo")).expect("a process").flatten() {
+        // A descriptor may be closed between the two steps.
+        let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+        for line in text.lines() {
+            for (ids, field) in held.iter_mut().zip(["prog_id:", "map_id:"]) {
+                ids.extend(line.strip_prefix(field).and_then(|rest| rest.trim().parse::<u32>().ok()));
+            }
+        }
+    }
+    held
+}
+
+/// Those that the kernel has.
+fn loaded() -> [BTreeSet<u32>; 2] {
+    let programs = aya::programs::loaded_programs().flatten().map(|info| info.id()).collect();
+    [programs, aya::maps::loaded_maps().flatten().map(|info| info.id()).collect()]
 }
 
 #[test]
@@ -124,11 +138,13 @@ fn expectations_fail_with_what_was_seen() {
 #[test]
 fn a_killed_trace_leaves_nothing() {
     let scenario = build();
-    let before = probes();
+    let shared = loaded();
     let tracer = Tracer::start(scenario.node(0), &["--all", "--for", "60s"]).expect("a trace");
-    assert_eq!(probes().difference(&before).count(), 5, "its probes are loaded");
+    let [programs, maps] = held(tracer.pid());
+    let own: [BTreeSet<u32>; 2] = [&programs - &shared[0], &maps - &shared[1]];
+    assert!(own[0].len() >= 5 && own[1].len() >= 5, "{own:?}");
     tracer.kill9().expect("killed");
-    let gone = || probes().is_subset(&before);
+    let gone = || loaded().iter().zip(&own).all(|(now, own)| now.is_disjoint(own));
     Deadline::secs(10).until("the kernel has freed the probes", gone).expect("gone");
     // Nothing holds the lock, and what it left in the pinned maps is no trouble for the next one.
     let args = ["pod:default/a", "to", "svc:default/to-b", "-c", "2", "--for", "10s"];
@@ -170,6 +186,31 @@ fn a_record_becomes_a_capture_a_graph_and_a_comparison() {
     let same = show(&["diff", &off, &on]);
     assert_eq!(same.code, Some(0), "{}", same.out);
     assert!(same.out.contains("    eth0 net_dev_queue (forward)"), "{}", same.out);
+}
+
+#[test]
+fn few_matches_are_found_in_a_flood() {
+    let scenario = build();
+    let a = scenario.netns("a").expect("a namespace");
+    let args = ["pod:default/a", "to", "svc:default/to-b", "-f", "udp", "--all-of-flow", "--no-replies", "-c", "8"];
+    let args = [&args[..], &["--for", "20s", "--rate", "0", "-o", "ndjson"]].concat();
+    let tracer = Tracer::start(scenario.node(0), &args).expect("a trace");
+    let load = std::thread::scope(|scope| {
+        let load = scope.spawn(|| tcp_rr(&a, target("b"), 4, Duration::from_secs(4)).expect("load"));
+        for _ in 0..8 {
+            // Each on a socket of its own: a flow of one request.
+            udp_exchange(&a, target("b"), &UdpOptions::default()).expect("an exchange");
+            let _ = Deadline::after(Duration::from_millis(300)).until("the next one", || load.is_finished());
+        }
+        load.join().expect("load")
+    });
+    let traced = tracer.finish(Duration::from_secs(30)).expect("an end");
+    let summary = traced.one("summary");
+    eprintln!("{:.0} exchanges a second beside {summary}", load.per_second());
+    // All of them; or it says that something was lost.
+    if traced.code != Some(4) {
+        assert_eq!((traced.code, traced.packets().len()), (Some(0), 8), "{summary}");
+    }
 }
 
 /// The program `from_pod`, with tracing or without.

@@ -152,7 +152,7 @@ pub fn hex(bytes: &[u8]) -> String {
 pub fn unhex(text: &str) -> Option<Vec<u8>> {
     let digits = text.as_bytes();
     let pairs = digits.chunks_exact(2);
-    if !pairs.remainder().is_empty() {
+    if !pairs.remainder().is_empty() || !digits.iter().all(u8::is_ascii_hexdigit) {
         return None;
     }
     pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()

@@ -78,9 +78,9 @@ fn flow_number(header: &Header) -> u32 {
     mixed ^ mixed >> 15
 }
 
-/// Is the packet whose headers are at `place` to be followed from now on? Counts it, if so.
+/// Does the packet whose headers are at `place` match?
 #[inline(always)]
-pub(crate) fn wants(filter: &mut TraceFilter, header: &Header, place: u32, now: u64) -> bool {
+pub(crate) fn matches(filter: &TraceFilter, header: &Header, place: u32) -> bool {
     if filter.proto != 0 && filter.proto != header.proto {
         return false;
     }
@@ -101,9 +101,12 @@ pub(crate) fn wants(filter: &mut TraceFilter, header: &Header, place: u32, now: 
             return false;
         }
     }
-    if filter.sample > 1 && flow_number(header).checked_rem(filter.sample) != Some(0) {
-        return false;
-    }
+    filter.sample <= 1 || flow_number(header).checked_rem(filter.sample) == Some(0)
+}
+
+/// May one more be followed from now on? Counts it, if so.
+#[inline(always)]
+pub(crate) fn admits(filter: &mut TraceFilter, now: u64) -> bool {
     let second = now / 1_000_000_000;
     if filter.second != second {
         filter.second = second;

@@ -31,9 +31,7 @@ impl Sight {
         // SAFETY: `skb` comes from a tracepoint.
         let head = unsafe { field::<u64>(skb, &SKB_HEAD) };
         let (header, captured) = ip_header(skb, head, point == point::RECEIVE);
-        // SAFETY: no arguments.
-        let now = unsafe { bpf_ktime_get_ns() };
-        Self { ctx, skb, head, point, now, header, captured }
+        Self { ctx, skb, head, point, now: 0, header, captured }
     }
 
     /// The id that this packet is followed under. What lies under its addresses may be another packet's, long gone.
@@ -132,8 +130,6 @@ impl Sight {
             (*event).reason = reason;
             (*event).stack = if stack < 0 { TraceEvent::NO_STACK } else { stack as u32 };
             let device: u64 = field(self.skb, &SKB_DEV);
-            let device =
-                if self.point == point::DROP || self.point == point::CONSUME { untyped(device) } else { device };
             let (mut netns, mut ifindex, mut peer, mut hooks) = (0_u32, 0_u32, 0, 0);
             let mut name = [0_u64; 2];
             if device != 0 {
@@ -158,12 +154,6 @@ impl Sight {
         entry.submit(0);
         maps::count(count::EVENTS);
     }
-}
-
-/// A pointer as a mere number.
-#[inline(always)]
-fn untyped(pointer: u64) -> u64 {
-    pointer
 }
 
 /// Hooks with entries, as [`TraceEvent::hooks`] has them.
@@ -221,16 +211,52 @@ fn is_at_home(skb: u64, filter: &TraceFilter) -> bool {
     peer != 0 && (filter.ifindex == 0 || filter.ifindex == peer)
 }
 
+/// Is any packet followed at all? Where none is, most of the work is left out.
+#[inline(always)]
+fn is_busy(filter: &TraceFilter) -> bool {
+    filter.total != 0
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// May a packet begin here? What a pod receives has been on the node before.
+#[inline(always)]
+fn may_begin(skb: u64, point: u32, filter: &TraceFilter) -> bool {
+    if point != point::RECEIVE || filter.flags & TraceFilter::ALL_NAMESPACES != 0 {
+        return true;
+    }
+    // SAFETY: `skb` comes from a tracepoint, at which packets have a device.
+    unsafe {
+        let device: u64 = field(skb, &SKB_DEV);
+        let net: u64 = field(device, &DEV_NET);
+        field::<u32>(net, &NET_INUM) == filter.netns
+    }
+}
+
 /// Where packets begin and go on.
 #[inline(always)]
 pub(crate) fn begins(ctx: *mut c_void, skb: u64, point: u32) {
     let Some(filter) = filter() else { return };
-    let sight = Sight::new(ctx, skb, point);
+    let may_begin = may_begin(skb, point, filter);
+    if !may_begin && !is_busy(filter) {
+        return;
+    }
+    let mut sight = Sight::new(ctx, skb, point);
     let Some(header) = headers(&sight, point) else { return };
-    let mut id = sight.followed(header.imprint);
-    if id.is_none() && is_at_home(skb, filter) {
+    let mut id = None;
+    if is_busy(filter) {
+        sight.now = now();
+        id = sight.followed(header.imprint);
+    }
+    // The namespaces last: to look at the other end of a veth takes longer than all else.
+    if id.is_none() && may_begin && filter::matches(filter, header, point) && is_at_home(skb, filter) {
         maps::count(count::LOOKED_AT);
-        if filter::wants(filter, header, point, sight.now) {
+        sight.now = now();
+        if filter::admits(filter, sight.now) {
             id = sight.follow(header.imprint);
         }
     }
@@ -243,8 +269,12 @@ pub(crate) fn begins(ctx: *mut c_void, skb: u64, point: u32) {
 #[inline(always)]
 pub(crate) fn goes_on(ctx: *mut c_void, skb: u64, point: u32) {
     let Some(filter) = filter() else { return };
-    let sight = Sight::new(ctx, skb, point);
+    if !is_busy(filter) {
+        return;
+    }
+    let mut sight = Sight::new(ctx, skb, point);
     let Some(header) = headers(&sight, point) else { return };
+    sight.now = now();
     if let Some(id) = sight.followed(header.imprint) {
         sight.tell(id, filter, 0, 0);
     }
@@ -254,13 +284,19 @@ pub(crate) fn goes_on(ctx: *mut c_void, skb: u64, point: u32) {
 #[inline(always)]
 pub(crate) fn dropped(ctx: *mut c_void, skb: u64, location: u64, reason: u32) {
     let Some(filter) = filter() else { return };
-    let sight = Sight::new(ctx, skb, point::DROP);
+    let begins = reason >= filter.first_drop;
+    if !begins && !is_busy(filter) {
+        return;
+    }
+    let mut sight = Sight::new(ctx, skb, point::DROP);
     let Some(header) = headers(&sight, point::DROP) else { return };
-    let mut id = sight.followed(header.imprint);
+    sight.now = now();
+    let mut id = if is_busy(filter) { sight.followed(header.imprint) } else { None };
     if id.is_none()
-        && reason >= filter.first_drop
+        && begins
+        && filter::matches(filter, header, point::DROP)
         && is_anywhere_at_home(skb, filter)
-        && filter::wants(filter, header, point::DROP, sight.now)
+        && filter::admits(filter, sight.now)
     {
         id = sight.follow(header.imprint);
     }
@@ -288,8 +324,12 @@ fn is_anywhere_at_home(skb: u64, filter: &TraceFilter) -> bool {
 #[inline(always)]
 pub(crate) fn consumed(ctx: *mut c_void, skb: u64, location: u64) {
     let Some(filter) = filter() else { return };
-    let sight = Sight::new(ctx, skb, point::CONSUME);
+    if !is_busy(filter) {
+        return;
+    }
+    let mut sight = Sight::new(ctx, skb, point::CONSUME);
     let Some(header) = headers(&sight, point::CONSUME) else { return };
+    sight.now = now();
     if let Some(id) = sight.followed(header.imprint) {
         sight.tell(id, filter, location, 0);
         sight.forget();
