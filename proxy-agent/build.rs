@@ -1,4 +1,4 @@
-//! Builds the eBPF object with the first toolchain that has the sources of `core`, and leaves it in `OUT_DIR`.
+//! Builds the eBPF objects with the first toolchain that has the sources of `core`, and leaves them in `OUT_DIR`.
 //!
 //! The BPF target is tier 3: `core` must be built for it (`-Z build-std=core`), which a stable compiler does under
 //! `RUSTC_BOOTSTRAP=1`. That variable is set for the inner build alone; no other crate of the agent sees it.
@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | `BPF_TOOLCHAIN` | a directory with `rustc` (and perhaps `cargo`), or the name of a rustup toolchain |
 //! | `BPF_LINKER` | path of bpf-linker |
-//! | `BPF_OBJECT` | path of an object that is already built; nothing else is looked for |
+//! | `BPF_OBJECT` | path of an object `dataplane` that is already built, with `trace` beside it; nothing else is looked for |
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -83,9 +83,11 @@ fn main() -> Result<()> {
     for variable in ["BPF_TOOLCHAIN", "BPF_OBJECT", "BPF_LINKER"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
-    let object = out.join("dataplane.o");
+    let (object, trace) = (out.join("dataplane.o"), out.join("trace.o"));
     if let Ok(built) = env::var("BPF_OBJECT") {
         fs::copy(&built, &object).with_context(|| format!("BPF_OBJECT={built}"))?;
+        let beside = Path::new(&built).with_file_name("trace");
+        fs::copy(&beside, &trace).with_context(|| format!("{}, beside BPF_OBJECT", beside.display()))?;
         return Ok(());
     }
     let Some(toolchain) = Toolchain::candidates()?.into_iter().find(Toolchain::has_core_sources) else {
@@ -115,7 +117,7 @@ fn main() -> Result<()> {
     }
     command
         .args(arguments)
-        .args(["build", "--release", "--package", "proxy-ebpf", "--bin", "dataplane", "--target", target])
+        .args(["build", "--release", "--package", "proxy-ebpf", "--bins", "--target", target])
         .args(["-Z", "build-std=core", "--target-dir"])
         .arg(out.join("bpf"))
         .current_dir(&root)
@@ -128,6 +130,8 @@ fn main() -> Result<()> {
     if !output.status.success() {
         bail!("{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
     }
-    fs::copy(out.join("bpf").join(target).join("release/dataplane"), &object)?;
+    let built = out.join("bpf").join(target).join("release");
+    fs::copy(built.join("dataplane"), &object)?;
+    fs::copy(built.join("trace"), &trace)?;
     Ok(())
 }

@@ -18,6 +18,7 @@ use crate::kubeproxy::value::{ExternalIps, LogFormat};
 use crate::kubeproxy::{Flags, Settings};
 use crate::node::classify::NamePattern;
 use crate::node::{cni, guard};
+use crate::trace::command::TraceArgs;
 use crate::view::explain::{Target, explain};
 use crate::view::flow::{self, FlowFilter};
 use crate::view::{self, Format};
@@ -54,6 +55,8 @@ enum Command {
     /// Tell whether a pod may reach another one, and which rule of which NetworkPolicy says so, from the maps as they are.
     /// The exit code is 0 when it may and 2 when it may not.
     Explain(ExplainArgs),
+    /// Packets on their way through the node: what was decided, what netfilter did, where and why they were dropped.
+    Trace(Box<TraceArgs>),
     /// Detach everything and remove every pin. Connections through Services end. With --kube-proxy: remove what
     /// kube-proxy left, and nothing of this agent.
     Cleanup(CleanupArgs),
@@ -300,6 +303,7 @@ impl Cli {
             Command::Explain(ExplainArgs { from, to, target, view }) => {
                 explain(&view.pins.pin_root, view.output, &from, &to, target)
             }
+            Command::Trace(args) => Ok(args.run()),
             Command::Cleanup(CleanupArgs { kube_proxy: true, dry_run, force, healthz, pins: _, keep_flows: _ }) => {
                 view::lines(&Cleanup { healthz, force, dry_run }.run()?, "nothing of kube-proxy is here");
                 Ok(ExitCode::SUCCESS)

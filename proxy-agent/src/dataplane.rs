@@ -20,6 +20,7 @@ pub mod describe;
 pub mod map;
 pub mod pins;
 pub mod policy;
+pub mod probes;
 pub mod sizing;
 pub mod sweep;
 pub mod sysbpf;
@@ -34,6 +35,11 @@ use crate::node::conntrack::Translated;
 
 /// The eBPF object, as `build.rs` made it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dataplane.o"));
+
+/// The object itself: for tests that load it in another way.
+pub fn object() -> &'static [u8] {
+    OBJECT
+}
 
 /// What went wrong, with what, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -348,8 +354,13 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
     loader.override_global("POD_QUOTA", &config.pod_quota, true);
     let node_open = u32::from(config.node_open);
     loader.override_global("NODE_OPEN", &node_open, true);
+    let tracing = u32::from(!is_memory_hidden());
+    loader.override_global("TRACING", &tracing, true);
     for layout in pins::LAYOUTS {
         loader.map_pin_path(layout.name, directory.join(layout.name));
+    }
+    for name in proxy_abi::trace::map::ALL {
+        loader.map_pin_path(name, directory.join(name));
     }
     loader.map_max_entries(map_name::FLOW_LIVE, config.flow_live);
     loader.map_max_entries(map_name::FLOW_BRIEF, config.flow_brief);
@@ -367,6 +378,11 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
         }
     }
     Ok(ebpf)
+}
+
+/// Must programs not read the kernel's memory here, not even for tracing?
+fn is_memory_hidden() -> bool {
+    std::fs::read_to_string("/sys/kernel/security/lockdown").is_ok_and(|text| text.contains("[confidentiality]"))
 }
 
 /// The row of an array map that says "nothing here".

@@ -7,6 +7,7 @@
 //!
 //!   cli ─▶ kubeproxy: its configuration and flags, its leavings
 //!   cli ─▶ view: tables for people and programs, from the pinned maps; names of policies and pods by ask, from the agent
+//!   cli ─▶ trace: packets on their way, from probes that live as long as the command
 //! ```
 
 pub mod app;
@@ -19,4 +20,5 @@ pub mod kubeproxy;
 pub mod node;
 pub mod serve;
 pub mod sockets;
+pub mod trace;
 pub mod view;

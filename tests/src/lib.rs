@@ -40,6 +40,7 @@ pub mod pod;
 pub mod policy_manifest;
 pub mod rawsock;
 pub mod scenario;
+pub mod tracer;
 pub mod traffic;
 pub mod underlay;
 

@@ -4,10 +4,10 @@
 //!   setup   what building and testing need          demo    the node dataplane at work, narrated
 //!   check   rustfmt, tidy, clippy, docs, deny       bench   ratios against plain bridging and kube-proxy
 //!   test    every test, with one line at the end    dist    static binary, manifests, image
-//!   tidy    the repository's own rules
+//!   tidy    the repository's own rules                    trace   packets on their way, on this host or a simulated node
 //! ```
 //!
-//! `check`, `test`, `demo`, `bench` and `dist` call `setup` first.
+//! `check`, `test`, `demo`, `bench`, `dist` and `trace` call `setup` first.
 
 mod artefact;
 mod bench;
@@ -20,6 +20,7 @@ mod process;
 mod setup;
 mod test;
 mod tidy;
+mod trace;
 mod workspace;
 
 use std::process::ExitCode;
@@ -52,6 +53,8 @@ enum Habit {
     Bench(bench::Arguments),
     /// Builds what is shipped.
     Dist(dist::Arguments),
+    /// Follows packets: `proxy-agent trace` on this host, or on a simulated node.
+    Trace(trace::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Habit::Demo(arguments) => demo::run(&workspace, &arguments),
         Habit::Bench(arguments) => bench::run(&workspace, &arguments),
         Habit::Dist(arguments) => dist::run(&workspace, &arguments),
+        Habit::Trace(arguments) => trace::run(&workspace, &arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -96,6 +96,7 @@ pub mod flow;
 pub mod policy;
 pub mod service;
 pub mod socket;
+pub mod trace;
 pub mod verdict;
 
 pub use addr::{IpBytes, MacBytes, PortBe, Proto};

@@ -54,7 +54,7 @@ const WALLS: &[Wall] = &[
     Wall {
         word: "aya_ebpf",
         how: Use::Word,
-        allowed: &["proxy-ebpf/src/bin/dataplane/"],
+        allowed: &["proxy-ebpf/src/bin/dataplane/", "proxy-ebpf/src/bin/trace/"],
         advice: "the library is pure: helpers are called in proxy-ebpf/src/bin/dataplane, on values it has looked up",
     },
     Wall {
@@ -78,6 +78,8 @@ const UNSAFE: &[&str] = &[
     "proxy-ebpf/abi/src/addr.rs",
     // Helper calls, packet access, map pointers; also the attributes that name sections.
     "proxy-ebpf/src/bin/dataplane/",
+    // The same, of the probes at the kernel's tracepoints.
+    "proxy-ebpf/src/bin/trace/",
     // bpf(2) calls that aya lacks.
     "proxy-agent/src/dataplane/sysbpf.rs",
     // Lends a socket to the runtime for as long as it lives.

@@ -2,7 +2,9 @@
 
 use proxy_abi::{Hook, Reason};
 
+use crate::ctx::Skb;
 use crate::maps::COUNTER;
+use crate::trace;
 
 /// What a program decided about one packet or one system call, and what decided.
 #[derive(Clone, Copy)]
@@ -83,10 +85,11 @@ fn count_number(hook: Hook, reason: u32, bytes: u32) {
     }
 }
 
-/// Ends a packet program: counts the outcome and turns it into what tc understands.
+/// Ends a packet program: counts the outcome, tells it where somebody traces, and turns it into what tc understands.
 #[inline(always)]
-pub(crate) fn packet(hook: Hook, bytes: u32, outcome: &Outcome) -> i32 {
-    count_number(hook, outcome.reason, bytes);
+pub(crate) fn packet(hook: Hook, skb: Skb, outcome: &Outcome) -> i32 {
+    count_number(hook, outcome.reason, skb.len());
+    trace::packet(skb, hook, outcome);
     match outcome.verdict {
         // TCX_NEXT and TC_ACT_UNSPEC alike: others may follow.
         Verdict::Pass => -1,

@@ -64,7 +64,7 @@ pub(crate) fn run(skb: *mut __sk_buff, hook: Hook) -> i32 {
     } else {
         other::frame(skb, hook)
     };
-    exit::packet(hook, skb.len(), &outcome)
+    exit::packet(hook, skb, &outcome)
 }
 
 #[inline(always)]
