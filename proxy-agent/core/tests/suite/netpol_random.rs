@@ -1,6 +1,6 @@
 //! Whatever the cluster and whatever changes: the compiled maps say what the oracle says, on every step of the way.
 //!
-//! `NETPOL_CASES` sets how many changed clusters are compared (30,000 when it is absent); `NETPOL_SEED` is the first
+//! `NETPOL_CASES` sets how many changed clusters are compared (100,000 when it is absent); `NETPOL_SEED` is the first
 //! seed. A failure names its seed.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -136,7 +136,7 @@ fn equals_oracle(seed: u64, broken: Option<Row>) -> Result<Reached, String> {
 
 #[test]
 fn compiled_maps_say_what_the_oracle_says() {
-    let cases = number("NETPOL_CASES", 30_000);
+    let cases = number("NETPOL_CASES", 100_000);
     let start = Instant::now();
     let reached = run(cases, |seed| equals_oracle(seed, None)).unwrap_or_else(|problem| panic!("{problem}"));
     println!("{reached:?} in {:.1?}", start.elapsed());
