@@ -75,6 +75,7 @@ impl Meta {
 fn begin(entry: &mut FlowEntry, meta: Meta, device: &DeviceEntry, ifindex: u32) {
     const NOBODY: MacBytes = MacBytes([0; 6]);
     copy(&mut entry.translated, &entry.original);
+    // Not copied from a constant: of eight zero bytes the compiler makes one with `NETNS_COOKIE`, which is set at load time.
     (entry.initiator_stamp.revision, entry.initiator_stamp.rule) = (0, 0);
     (entry.responder_stamp.revision, entry.responder_stamp.rule) = (0, 0);
     entry.initiator_slot = 0;
