@@ -83,25 +83,33 @@ struct Numbers {
 }
 
 impl Numbers {
-    /// Number, and whether it is a reply.
-    fn number(&mut self, journey: &Journey, selection: &Selection, names: &Names) -> (u64, bool) {
+    /// Is it a reply, and to the request of which number? `None`: that was not seen.
+    fn answers(&self, journey: &Journey, selection: &Selection, names: &Names) -> Option<Option<u64>> {
         let seen: Vec<&Packet> = [journey.first(), journey.last()].into_iter().flatten().collect();
         let key = |packet: &Packet| (packet.proto.0, packet.source(), packet.destination());
         let back = |packet: &Packet| (packet.proto.0, packet.destination(), packet.source());
         if let Some(number) = seen.iter().find_map(|packet| self.forward.get(&back(packet))) {
-            return (*number, true);
+            return Some(Some(*number));
         }
-        self.next += 1;
         let known = seen.iter().any(|packet| self.forward.contains_key(&key(packet)));
         let answers = seen.iter().any(|packet| packet.flags & ANSWER == ANSWER);
+        let opens = seen.iter().any(|packet| packet.opens());
         let backward = seen.first().is_some_and(|packet| !selection.is_forward(packet, names) && !selection.is_all());
-        if !known && (answers || backward && !seen.iter().any(|packet| packet.opens())) {
-            return (self.next, true);
+        (!known && (answers || backward && !opens)).then_some(None)
+    }
+
+    /// The number to show: of a reply that of its request, else the next.
+    fn number(&mut self, journey: &Journey, answers: Option<Option<u64>>) -> u64 {
+        if let Some(Some(number)) = answers {
+            return number;
         }
-        for packet in seen {
-            self.forward.insert(key(packet), self.next);
+        self.next += 1;
+        if answers.is_none() {
+            for packet in [journey.first(), journey.last()].into_iter().flatten() {
+                self.forward.insert((packet.proto.0, packet.source(), packet.destination()), self.next);
+            }
         }
-        (self.next, false)
+        self.next
     }
 }
 
@@ -348,17 +356,17 @@ impl Session {
             if self.shown >= self.options.packets {
                 break;
             }
-            let last_is_foreign = journey.sights().all(|sight| matches!(sight.place, super::journey::Place::Beyond(_)));
-            let (number, is_reply) =
-                if last_is_foreign { (0, false) } else { self.numbers.number(&journey, &self.selection, &self.names) };
-            if last_is_foreign || !self.is_wanted(&journey, is_reply) {
+            let elsewhere = journey.here().next().is_none();
+            let answers = self.numbers.answers(&journey, &self.selection, &self.names);
+            if elsewhere || !self.is_wanted(&journey, answers.is_some()) {
                 self.beside += 1;
                 continue;
             }
             if !self.is_first_of_flow(&journey) {
                 continue;
             }
-            self.tell(&journey, number, is_reply)?;
+            let number = self.numbers.number(&journey, answers);
+            self.tell(&journey, number, answers.is_some())?;
         }
         Ok(())
     }
