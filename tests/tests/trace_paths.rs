@@ -301,7 +301,6 @@ fn five_ways_are_seen_step_by_step() {
                 let tracer = Tracer::start(scenario.node(0), &args).expect("a trace");
                 tcp_exchange(&(flow.from)(&scenario), (flow.to)(&scenario, family), 100, 100).expect("an exchange");
                 let traced = tracer.finish(Duration::from_secs(20)).expect("the end");
-                let packets = traced.packets();
                 let case = format!("{}, {family}, br_netfilter {on}", flow.name);
                 let mut packets = traced.packets();
                 packets.sort_by_key(TracedPacket::is_reply);

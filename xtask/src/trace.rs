@@ -18,7 +18,7 @@ pub(crate) struct Arguments {
     br_netfilter: bool,
     /// Arguments of `proxy-agent trace`; `--help` after `--` lists them.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    arguments: Vec<String>,
+    rest: Vec<String>,
 }
 
 /// The command itself: it becomes the program, so the exit code is that of the trace.
@@ -28,11 +28,11 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         setup::ensure(workspace, Purpose::Node)?;
         all.extend(arguments.br_netfilter.then(|| "--br-netfilter".to_owned()));
         all.push("--".to_owned());
-        all.extend(arguments.arguments.iter().cloned());
+        all.extend(arguments.rest.iter().cloned());
         return artefact::run(workspace, "simulated_trace", &all, None);
     }
     setup::ensure(workspace, Purpose::Build)?;
     all.push("trace".to_owned());
-    all.extend(arguments.arguments.iter().cloned());
+    all.extend(arguments.rest.iter().cloned());
     artefact::run(workspace, "proxy-agent", &all, None)
 }

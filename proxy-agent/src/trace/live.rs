@@ -74,6 +74,17 @@ const HEARTBEAT: u64 = 3_000_000_000;
 const MEASURE_EVERY: u64 = 50;
 const MEASURE_FOR: u64 = 5;
 
+/// What a packet is in its flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    /// From the one that began it.
+    Request,
+    /// The answer to the request of this number.
+    ReplyTo(u64),
+    /// The answer to one that was not seen.
+    Reply,
+}
+
 /// Numbers packets, and finds the request that a reply belongs to.
 #[derive(Debug, Default)]
 struct Numbers {
@@ -83,25 +94,33 @@ struct Numbers {
 }
 
 impl Numbers {
-    /// Number, and whether it is a reply.
-    fn number(&mut self, journey: &Journey, selection: &Selection, names: &Names) -> (u64, bool) {
+    /// Is it a reply, and to which request?
+    fn part(&self, journey: &Journey, selection: &Selection, names: &Names) -> Part {
         let seen: Vec<&Packet> = [journey.first(), journey.last()].into_iter().flatten().collect();
         let key = |packet: &Packet| (packet.proto.0, packet.source(), packet.destination());
         let back = |packet: &Packet| (packet.proto.0, packet.destination(), packet.source());
         if let Some(number) = seen.iter().find_map(|packet| self.forward.get(&back(packet))) {
-            return (*number, true);
+            return Part::ReplyTo(*number);
         }
-        self.next += 1;
         let known = seen.iter().any(|packet| self.forward.contains_key(&key(packet)));
         let answers = seen.iter().any(|packet| packet.flags & ANSWER == ANSWER);
+        let opens = seen.iter().any(|packet| packet.opens());
         let backward = seen.first().is_some_and(|packet| !selection.is_forward(packet, names) && !selection.is_all());
-        if !known && (answers || backward && !seen.iter().any(|packet| packet.opens())) {
-            return (self.next, true);
+        if !known && (answers || backward && !opens) { Part::Reply } else { Part::Request }
+    }
+
+    /// The number to show: of a reply that of its request, else the next.
+    fn number(&mut self, journey: &Journey, part: Part) -> u64 {
+        if let Part::ReplyTo(number) = part {
+            return number;
         }
-        for packet in seen {
-            self.forward.insert(key(packet), self.next);
+        self.next += 1;
+        if part == Part::Request {
+            for packet in [journey.first(), journey.last()].into_iter().flatten() {
+                self.forward.insert((packet.proto.0, packet.source(), packet.destination()), self.next);
+            }
         }
-        (self.next, false)
+        self.next
     }
 }
 
@@ -348,16 +367,17 @@ impl Session {
             if self.shown >= self.options.packets {
                 break;
             }
-            let last_is_foreign = journey.sights().all(|sight| matches!(sight.place, super::journey::Place::Beyond(_)));
-            let (number, is_reply) =
-                if last_is_foreign { (0, false) } else { self.numbers.number(&journey, &self.selection, &self.names) };
-            if last_is_foreign || !self.is_wanted(&journey, is_reply) {
+            let elsewhere = journey.here().next().is_none();
+            let part = self.numbers.part(&journey, &self.selection, &self.names);
+            let is_reply = part != Part::Request;
+            if elsewhere || !self.is_wanted(&journey, is_reply) {
                 self.beside += 1;
                 continue;
             }
             if !self.is_first_of_flow(&journey) {
                 continue;
             }
+            let number = self.numbers.number(&journey, part);
             self.tell(&journey, number, is_reply)?;
         }
         Ok(())

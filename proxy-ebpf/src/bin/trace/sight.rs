@@ -40,24 +40,29 @@ impl Sight {
         let (skb, head) = (self.skb, self.head);
         let (mut found, mut known) = (0, 0);
         // One after the other: two pointers are never asked for at once, which the verifier would not follow.
+        // What lies there of another packet goes: the programs of the dataplane, which come next, ask by address alone.
         if let Some(entry) = TRACE_PACKET.get_ptr_mut(&skb) {
-            known |= 1;
             // SAFETY: a pointer into a map that was just found; here and below.
             let entry = unsafe { &mut *entry };
             if entry.imprint == imprint {
+                known |= 1;
                 entry.last = self.now;
                 entry.sights += 1;
                 found = entry.id;
+            } else {
+                let _ = TRACE_PACKET.remove(&skb);
             }
         }
         if let Some(entry) = TRACE_PACKET.get_ptr_mut(&head) {
-            known |= 2;
             // SAFETY: as above.
             let entry = unsafe { &mut *entry };
             if entry.imprint == imprint {
+                known |= 2;
                 entry.last = self.now;
                 entry.sights += 1;
                 found = entry.id;
+            } else {
+                let _ = TRACE_PACKET.remove(&head);
             }
         }
         if found == 0 {
