@@ -7,4 +7,5 @@ mod live;
 mod prober;
 mod scenarios;
 mod stage;
+mod upgrade;
 mod upstream;

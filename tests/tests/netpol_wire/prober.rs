@@ -15,12 +15,12 @@ use crate::stage::{Expect, Stage};
 const RATE: u32 = 1_000;
 
 /// Namespace x talks to namespace y, and to nobody else.
-fn only_y() -> Value {
+pub(crate) fn only_y() -> Value {
     let y = json!([{ "namespaceSelector": { "matchLabels": { "ns": "y" } } }]);
     json!({ "podSelector": {}, "policyTypes": ["Ingress", "Egress"], "ingress": [{ "from": y }], "egress": [{ "to": y }] })
 }
 
-fn expected() -> Expect {
+pub(crate) fn expected() -> Expect {
     let rules = vec![("*", "x/*", false), ("x/*", "*", false), ("y/*", "x/*", true), ("x/*", "y/*", true)];
     Expect { transport: Transport::Udp, port: 80, rules }
 }
