@@ -107,9 +107,8 @@ impl RawSocket {
             let last = stop.load(Ordering::Relaxed);
             match self.fill(&mut buffer)? {
                 Some((len, true)) => look(&buffer[..len]),
-                Some(_) => {}
                 None if last => return Ok(()),
-                None => {}
+                Some(_) | None => {}
             }
         }
     }
