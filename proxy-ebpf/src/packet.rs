@@ -144,6 +144,9 @@ pub trait Family: sealed::Sealed {
     /// Reads the network header of a quoted packet, which begins at `at`.
     fn parse_quoted<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Header>;
 
+    /// Offset of the packet's end as its network header has it; what follows in the frame is no part of it.
+    fn end<P: Packet + ?Sized>(packet: &P) -> Option<usize>;
+
     /// Reads the network header. The ports follow in [`parse`].
     fn parse_header<P: Packet + ?Sized>(packet: &P) -> Result<Header, Reason>;
 }
@@ -189,6 +192,11 @@ impl Family for V4 {
             fragment: Fragment::WHOLE,
             fragment_id: 0,
         })
+    }
+
+    #[inline(always)]
+    fn end<P: Packet + ?Sized>(packet: &P) -> Option<usize> {
+        Some(ETH_LEN + usize::from(u16::from_be(packet.half(ETH_LEN + 2)?)))
     }
 
     #[inline(always)]
@@ -275,6 +283,11 @@ impl Family for V6 {
         }
         let (src, dst) = (address(at + 8)?, address(at + 24)?);
         Some(Header { src, dst, proto, l4, fragment: Fragment::WHOLE, fragment_id: 0 })
+    }
+
+    #[inline(always)]
+    fn end<P: Packet + ?Sized>(packet: &P) -> Option<usize> {
+        Some(V6_PAYLOAD + usize::from(u16::from_be(packet.half(ETH_LEN + 4)?)))
     }
 
     #[inline(always)]
@@ -392,8 +405,15 @@ pub fn parse<F: Family, P: Packet + ?Sized>(packet: &P) -> Result<Parsed, Reason
     } else if header.fragment != Fragment::LATER {
         src_port = packet.half(header.l4).ok_or(Reason::Unparsed)?;
         dst_port = packet.half(header.l4 + 2).ok_or(Reason::Unparsed)?;
+        let mut needed = 4;
         if proto == Proto::TCP {
             tcp_flags = packet.byte(header.l4 + 13).ok_or(Reason::Unparsed)?;
+            needed = 14;
+        }
+        // Ports behind the end of a first fragment would be a story for us alone: the receiver takes those that come
+        // with the next one.
+        if header.fragment == Fragment::FIRST && F::end(packet).is_none_or(|end| end < header.l4 + needed) {
+            return Err(Reason::Unparsed);
         }
     }
     Ok(Parsed {

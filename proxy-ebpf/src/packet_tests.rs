@@ -32,6 +32,12 @@ fn v6(next: u8, rest: &[u8]) -> Vec<u8> {
     p
 }
 
+/// The packet with another length in its header, which is at `at`: what is behind it stays in the frame.
+fn ending(mut packet: Vec<u8>, at: usize, length: u16) -> Vec<u8> {
+    packet[at..at + 2].copy_from_slice(&length.to_be_bytes());
+    packet
+}
+
 const TCP_SYN: [u8; 20] = [0x12, 0x34, 0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, tcp_flag::SYN, 0, 0, 0, 0, 0, 0];
 const UDP: [u8; 8] = [0x12, 0x34, 0, 53, 0, 8, 0, 0];
 
@@ -100,6 +106,8 @@ fn ipv4() {
             v4(0, 0x0001, 17, &UDP),
             Ok(Seen { fragment: Fragment::LATER, id, ..none(seen4(0, 17, 34, 0)) }),
         ),
+        ("ports behind the end of a first fragment", ending(v4(0, 0x2000, 17, &UDP), 16, 23), Err(Reason::Unparsed)),
+        ("flags behind the end of a first fragment", ending(v4(0, 0x2000, 6, &TCP_SYN), 16, 28), Err(Reason::Unparsed)),
         ("icmp", v4(0, 0, 1, &[8, 0]), Err(Reason::OtherProtocol)),
         ("sctp", v4(0, 0, 132, &UDP), Ok(seen4(53, 132, 34, 0))),
         ("icmp error", v4(0, 0, 1, &[3, 4]), Ok(Seen { tcp_flags: 3, ..none(seen4(0, 1, 34, 0)) })),
@@ -158,6 +166,11 @@ fn ipv6() {
                 id,
                 ..seen6(0, 17, 62, 0)
             }),
+        ),
+        (
+            "ports behind the end of a first fragment",
+            ending(v6(44, &cat(&[&frag(17, 1), &UDP])), 18, 11),
+            Err(Reason::Unparsed),
         ),
         ("atomic fragment (RFC 6946)", v6(44, &cat(&[&frag(17, 0), &UDP])), Ok(seen6(53, 17, 62, 0))),
         ("routing header", v6(43, &cat(&[&hop(17), &UDP])), Err(Reason::OtherProtocol)),

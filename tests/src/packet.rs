@@ -10,6 +10,7 @@
 
 pub mod checksum;
 pub mod named;
+pub mod neighbour;
 pub mod parse;
 
 use std::net::{IpAddr, Ipv4Addr};

@@ -5,6 +5,7 @@
 //! report that they return: who answered, and which addresses each side saw.
 
 pub mod cpu;
+pub mod echo;
 pub mod flow;
 pub mod payload;
 pub mod probe;

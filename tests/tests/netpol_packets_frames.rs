@@ -12,22 +12,13 @@ use proxy_tests::Family;
 use proxy_tests::bpf::policed::{NODE, Policed, namespace, pod};
 use proxy_tests::bpf::{Bench, ROOMY, verdict};
 use proxy_tests::packet::named::{GATEWAY, OUTSIDE, POD_ONE, POD_TWO};
-use proxy_tests::packet::{
-    Arp, Body, Extension, Fragment, Frame, Icmp, L4, Mac, Udp, Vlan, ether_type, proto, tcp_flag,
-};
+use proxy_tests::packet::neighbour::{self, link_local, link_message};
+use proxy_tests::packet::{Body, Extension, Fragment, Frame, Icmp, L4, Mac, Udp, Vlan, ether_type, proto, tcp_flag};
 
 const SYN: u8 = tcp_flag::SYN;
 
-/// The link-local address of a MAC.
-fn link_local(mac: Mac) -> Ipv6Addr {
-    let m = mac.0;
-    let word = |high: u8, low: u8| u16::from_be_bytes([high, low]);
-    Ipv6Addr::new(0xfe80, 0, 0, 0, word(m[0] ^ 2, m[1]), word(m[2], 0xff), word(0xfe, m[3]), word(m[4], m[5]))
-}
-
 fn arp(operation: u16, sender_mac: Mac, sender_ip: Ipv4Addr) -> Frame {
-    let body = Body::Arp(Arp { operation, sender_mac, sender_ip, target_mac: Mac([0; 6]), target_ip: GATEWAY.ip4 });
-    Frame { dst: Mac::BROADCAST, src: POD_ONE.mac, vlans: Vec::new(), body }
+    neighbour::arp(POD_ONE.mac, operation, (sender_mac, sender_ip), GATEWAY.ip4)
 }
 
 fn other(ether_type: u16) -> Frame {
@@ -37,16 +28,7 @@ fn other(ether_type: u16) -> Frame {
 
 /// An ICMPv6 message on the link, with a target and an option that names a MAC.
 fn link(kind: u8, src: Ipv6Addr, target: Option<Ipv6Addr>, option: Option<(u8, Mac)>) -> Frame {
-    let mut payload = target.map_or(Vec::new(), |ip| ip.octets().to_vec());
-    if let Some((name, mac)) = option {
-        payload.extend([name, 1]);
-        payload.extend(mac.0);
-    }
-    let group = IpAddr::V6(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1));
-    let icmp = L4::Icmp(Icmp { kind, payload, ..Icmp::default() });
-    let mut frame = Frame::ip((POD_ONE.mac, IpAddr::V6(src)), (Mac([0x33, 0x33, 0, 0, 0, 1]), group), icmp);
-    hops(&mut frame, 255);
-    frame
+    link_message((POD_ONE.mac, src), kind, target, option)
 }
 
 fn hops(frame: &mut Frame, hops: u8) {

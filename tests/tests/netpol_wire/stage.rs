@@ -294,7 +294,8 @@ struct Question {
 }
 
 impl Expect {
-    fn of(&self, from: &str, to: &str) -> bool {
+    /// Is `to` to be reached from `from`?
+    pub(crate) fn of(&self, from: &str, to: &str) -> bool {
         let fits = |pattern: &str, pod: &str| match pattern.split_once('/') {
             None => true,
             Some((namespace, "*")) => pod.split('-').next() == Some(namespace),
