@@ -230,7 +230,7 @@ fn nanoseconds(ebpf: &aya::Ebpf) -> u32 {
     let mut packet = vec![0_u8; 64];
     packet[12..14].copy_from_slice(&[8, 0]);
     packet[14] = 0x45;
-    sysbpf::test_run(program.as_fd(), &packet, 1, 400_000).expect("a run").nanoseconds
+    sysbpf::test_run(program.as_fd(), &packet, (1, 0), 400_000).expect("a run").nanoseconds
 }
 
 #[test]
