@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, sockopt};
 use proxy_core::netpol::digest;
+use proxy_core::netpol::lint::{Finding, rule_name};
 use serde::{Deserialize, Serialize};
 
 pub mod listen;
@@ -41,6 +42,11 @@ pub enum Question {
     Endpoints,
     /// All policies.
     Policies,
+    /// What is the matter with all policies, or with the one of this name (`namespace/name`).
+    Lint {
+        /// Name.
+        policy: Option<String>,
+    },
     /// Why a verdict is as it is.
     Reason(Asked),
 }
@@ -71,6 +77,8 @@ pub enum Answer {
     },
     /// All policies, by name.
     Policies(Vec<PolicyInfo>),
+    /// What is the matter with them, by policy; `None` = there is no policy of this name.
+    Lint(Option<Vec<LintInfo>>),
     /// Why.
     Reason(ReasonInfo),
 }
@@ -111,6 +119,36 @@ pub struct PolicyInfo {
     pub pods: usize,
     /// What is wrong with it.
     pub problems: Vec<String>,
+    /// How many things are the matter with it, those that are wrong among them.
+    #[serde(default)]
+    pub lint: usize,
+}
+
+/// Something that is the matter with a policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LintInfo {
+    /// `namespace/name`.
+    pub policy: String,
+    /// Which of its rules: `ingress[0]`; `None` = the policy as a whole.
+    pub rule: Option<String>,
+    /// Name of what is the matter.
+    pub kind: String,
+    /// What is the matter.
+    pub problem: String,
+    /// What to do about it.
+    pub fix: String,
+}
+
+impl From<Finding> for LintInfo {
+    fn from(Finding { policy, rule, flaw }: Finding) -> Self {
+        Self {
+            policy: policy.to_string(),
+            rule: rule.map(|(direction, index)| rule_name(direction, index)),
+            kind: flaw.name().to_owned(),
+            problem: flaw.to_string(),
+            fix: flaw.fix(),
+        }
+    }
 }
 
 /// What stands behind a verdict.

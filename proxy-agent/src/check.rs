@@ -3,8 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use proxy_core::diagnostic::Diagnostic;
+use proxy_core::netpol::lint::without_cluster;
+
+use crate::ask::LintInfo;
 use crate::dataplane::attach::Way;
 use crate::dataplane::{self, AttachMode, Bpf};
+use crate::k8s::{Manifests, read_policies};
 use crate::node::check::{Finding, Level, findings, is_bpffs, read_sysctl};
 
 /// The mounted root of the cgroup v2 hierarchy. In a container the usual place shows the container's own cgroup, which
@@ -95,6 +100,28 @@ pub fn report(pin_root: &Path, cgroup: Option<&Path>) -> Vec<Finding> {
     let bridges = bridges();
     let names: Vec<&str> = bridges.iter().map(String::as_str).collect();
     found.extend(findings(&names, read_sysctl, is_bpffs(above)));
+    found
+}
+
+/// What is the matter with the NetworkPolicies of a folder, as far as that can be told without a cluster.
+pub fn policies(folder: &Path) -> Vec<Finding> {
+    let Manifests { policies, problems } = read_policies(folder);
+    let finding = |subject, state, fix| Finding { level: Level::Warning, subject, state, fix };
+    let mut found: Vec<_> = problems
+        .into_iter()
+        .map(|Diagnostic { object, field, problem, fix, .. }| {
+            finding(if field.is_empty() { object } else { format!("{object} {field}") }, problem, fix)
+        })
+        .collect();
+    found.extend(without_cluster(&policies).into_iter().map(|found| {
+        let LintInfo { policy, rule, problem, fix, .. } = LintInfo::from(found);
+        let rule = rule.map(|rule| format!(" {rule}")).unwrap_or_default();
+        finding(format!("NetworkPolicy {policy}{rule}"), problem, fix)
+    }));
+    if found.is_empty() {
+        let state = format!("{}: nothing is the matter with them", policies.len());
+        found.push(Finding { level: Level::Good, subject: "NetworkPolicies".to_owned(), state, fix: String::new() });
+    }
     found
 }
 

@@ -49,7 +49,7 @@ enum Command {
     /// Pod interfaces.
     Device(ListArgs),
     /// NetworkPolicies.
-    Policy(ListArgs),
+    Policy(PolicyArgs),
     /// Pods of this node, with the policy that is in force for them.
     Endpoint(ListArgs),
     /// Tell whether a pod may reach another one, and which rule of which NetworkPolicy says so, from the maps as they are.
@@ -88,6 +88,27 @@ struct ListArgs {
 enum ListVerb {
     /// Show all of them, from the pinned maps: works while the agent is down.
     List(ViewArgs),
+}
+
+#[derive(Debug, Args)]
+struct PolicyArgs {
+    #[command(subcommand)]
+    verb: PolicyVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum PolicyVerb {
+    /// Show all of them, as the agent knows them.
+    List(ViewArgs),
+    /// Tell which policies can be read and yet hardly do what was meant: selectors that match nothing, names of ports that no
+    /// pod has, rules that add nothing. The exit code is 0 when there is nothing to tell and 2 when there is.
+    Lint {
+        /// Only this one.
+        #[arg(value_name = "NAMESPACE/NAME")]
+        policy: Option<String>,
+        #[command(flatten)]
+        view: ViewArgs,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -144,6 +165,10 @@ struct CheckArgs {
     /// As in `run`.
     #[arg(long, default_value = "auto")]
     cgroup: CgroupArg,
+    /// A folder of manifests: also tell what is the matter with the NetworkPolicies in it, as far as that can be told
+    /// without a cluster.
+    #[arg(long, value_name = "FOLDER")]
+    policies: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -284,7 +309,8 @@ impl Cli {
             Command::Run(args) => run(*args).map(|()| ExitCode::SUCCESS),
             Command::Check(args) => {
                 let cgroup = args.cgroup.resolve().ok().flatten();
-                let report = check::report(&args.pins.pin_root, cgroup.as_deref());
+                let mut report = check::report(&args.pins.pin_root, cgroup.as_deref());
+                report.extend(args.policies.as_deref().map(check::policies).unwrap_or_default());
                 view::check(&report);
                 Ok(if check::is_fit(&report) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }
@@ -298,7 +324,10 @@ impl Cli {
                 flow::flush(&view.pins.pin_root, view.output, &filter, all).map(|()| ExitCode::SUCCESS)
             }
             Command::Device(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::devices),
-            Command::Policy(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::policies),
+            Command::Policy(PolicyArgs { verb: PolicyVerb::List(args) }) => show(&args, view::policies),
+            Command::Policy(PolicyArgs { verb: PolicyVerb::Lint { policy, view } }) => {
+                view::lint(&view.pins.pin_root, view.output, policy.as_deref())
+            }
             Command::Endpoint(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::endpoints),
             Command::Explain(ExplainArgs { from, to, target, view }) => {
                 explain(&view.pins.pin_root, view.output, &from, &to, target)

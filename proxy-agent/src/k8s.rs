@@ -33,6 +33,7 @@ mod transport;
 mod trouble;
 
 pub use address::{parse_cidr, parse_ip};
+pub use folder::{Manifests, read_policies};
 pub use metrics::{SourceMetrics, WatchMetrics};
 pub use trouble::Trouble;
 

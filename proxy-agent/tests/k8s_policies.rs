@@ -6,7 +6,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use proxy_agent::check;
 use proxy_agent::k8s::{self, KubeConfig, SourceConfig, SourceHandle, Timing};
+use proxy_agent::node::check::Finding;
 use proxy_core::event::{Event, Listing, Source};
 use proxy_core::netpol::reconcile::PolicyListing;
 use proxy_core::netpol::spec::Change;
@@ -455,4 +457,37 @@ async fn a_policy_of_a_folder_that_cannot_be_read_isolates_or_stays() {
     agent.expect(&["policy shop/bad Egress", "well NetworkPolicy shop/bad"]).await;
     fs::remove_file(at.join("deny.json")).unwrap();
     agent.expect(&["gone policy shop/deny", "well NetworkPolicy shop/deny"]).await;
+}
+
+#[test]
+fn policies_of_a_folder_are_checked_without_a_cluster() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let lines = |at: &Path| -> Vec<String> {
+        let line = |found: Finding| format!("{:?} {}: {}", found.level, found.subject, found.state);
+        check::policies(at).into_iter().map(line).collect()
+    };
+    write(at, "deny.json", &[deny()]);
+    assert_eq!(lines(at), ["Good NetworkPolicies: 1: nothing is the matter with them"]);
+    let from = |cidr: &str, except: &[&str]| json!({"ipBlock": {"cidr": cidr, "except": except}});
+    let spec = json!({"ingress": [
+        {"from": [from("10.1.0.0/16", &[])]},
+        {"from": [from("10.0.0.0/8", &[])]},
+        {"from": [from("192.0.2.0/24", &["192.0.2.0/24"])]},
+    ]});
+    write(at, "web.json", &[policy("web", &spec)]);
+    assert_eq!(
+        lines(at),
+        [
+            "Warning NetworkPolicy shop/web ingress[0]: it allows nothing that shop/web ingress[1] does not allow",
+            "Warning NetworkPolicy shop/web ingress[2]: nothing is left of its range 192.0.2.0/24: `except` takes all of it",
+        ]
+    );
+    write(at, "web.json", &[policy("web", &json!({"policyTypes": "Ingress"}))]);
+    let told = lines(at);
+    assert!(
+        told.len() == 1 && told[0].starts_with("Warning web.json:1 NetworkPolicy shop/web spec.policyTypes: "),
+        "{told:?}"
+    );
+    assert!(lines(&at.join("none"))[0].starts_with("Warning "), "a folder that is not there");
 }

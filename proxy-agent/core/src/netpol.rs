@@ -31,6 +31,7 @@ pub mod digest;
 pub mod engine;
 pub mod explain;
 pub mod fake;
+pub mod lint;
 pub mod parse;
 pub mod partition;
 pub mod policy;

@@ -1,5 +1,6 @@
 //! Answers to what the command line asks.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -8,12 +9,13 @@ use proxy_abi::policy::{Direction, RuleRef};
 use proxy_core::name::ObjectName;
 use proxy_core::netpol::engine::Engine;
 use proxy_core::netpol::explain::Reason;
+use proxy_core::netpol::lint::{findings, rule_name};
 use proxy_core::netpol::policy::{Policy, Rule};
 use proxy_core::netpol::reconcile::PolicyReconciler;
 use proxy_core::netpol::rules::Origin;
 use proxy_core::netpol::spec::Pod;
 
-use crate::ask::{Answer, Asked, NearInfo, PodInfo, PolicyInfo, Question, ReasonInfo, RuleInfo};
+use crate::ask::{Answer, Asked, LintInfo, NearInfo, PodInfo, PolicyInfo, Question, ReasonInfo, RuleInfo};
 
 /// Similar names that are told.
 const SIMILAR: usize = 5;
@@ -29,6 +31,7 @@ pub(super) fn answer(question: &Question, reconciler: &PolicyReconciler) -> Answ
             Answer::Pods { found, similar: Vec::new() }
         }
         Question::Policies => Answer::Policies(policies(engine)),
+        Question::Lint { policy } => Answer::Lint(lint(engine, policy.as_deref())),
         Question::Reason(asked) => Answer::Reason(reason(engine, *asked)),
     }
 }
@@ -95,16 +98,30 @@ fn pod_info(reconciler: &PolicyReconciler, pod: &Pod) -> PodInfo {
     }
 }
 
+fn lint(engine: &Engine, policy: Option<&str>) -> Option<Vec<LintInfo>> {
+    let only = policy.map(|text| {
+        let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+        ObjectName::new(namespace, name)
+    });
+    if only.as_ref().is_some_and(|name| engine.world().policy(name).is_none()) {
+        return None;
+    }
+    Some(findings(engine, only.as_ref()).into_iter().map(LintInfo::from).collect())
+}
+
 fn policies(engine: &Engine) -> Vec<PolicyInfo> {
     let world = engine.world();
+    let mut lint: BTreeMap<ObjectName, usize> = BTreeMap::new();
+    for finding in findings(engine, None) {
+        *lint.entry(finding.policy).or_default() += 1;
+    }
     let info = |policy: &Arc<Policy>| {
         let name = &policy.name;
         let is_subject = |pod: &ObjectName| {
             let member = world.member(pod);
             pod.namespace == name.namespace && member.is_some_and(|m| policy.subject.matches(&m.pod.labels))
         };
-        let object = format!("NetworkPolicy {name}");
-        let problems = world.findings().filter(|finding| finding.object == object);
+        let problems = world.findings_of(name).iter();
         let words =
             |rules: &Option<Vec<Rule>>| rules.as_ref().map(|rules| rules.iter().map(ToString::to_string).collect());
         PolicyInfo {
@@ -114,6 +131,7 @@ fn policies(engine: &Engine) -> Vec<PolicyInfo> {
             egress: words(&policy.egress),
             pods: engine.subjects().keys().filter(|pod| is_subject(pod)).count(),
             problems: problems.map(ToString::to_string).collect(),
+            lint: lint.get(name).copied().unwrap_or_default(),
         }
     };
     world.policy_names().filter_map(|name| world.policy(&name).map(info)).collect()
@@ -137,14 +155,14 @@ fn reason(engine: &Engine, asked: Asked) -> ReasonInfo {
 
 fn rule_info(engine: &Engine, direction: Direction, origin: &Origin) -> RuleInfo {
     let policy = engine.world().policy(&origin.policy);
-    let (side, rules) = match direction {
-        Direction::Ingress => ("ingress", policy.and_then(|policy| policy.ingress.as_ref())),
-        Direction::Egress => ("egress", policy.and_then(|policy| policy.egress.as_ref())),
+    let rules = match direction {
+        Direction::Ingress => policy.and_then(|policy| policy.ingress.as_ref()),
+        Direction::Egress => policy.and_then(|policy| policy.egress.as_ref()),
     };
     let text = rules.and_then(|rules| rules.get(origin.rule)).map(ToString::to_string);
     RuleInfo {
         policy: origin.policy.to_string(),
-        rule: format!("{side}[{}]", origin.rule),
+        rule: rule_name(direction, origin.rule),
         text: text.unwrap_or_else(|| "not there any more".to_owned()),
     }
 }

@@ -19,7 +19,7 @@ use proxy_core::diagnostic::{Diagnostic, Severity};
 use proxy_core::event::{Event, Listing, Node, Source};
 use proxy_core::name::ObjectName;
 use proxy_core::netpol::reconcile::PolicyListing;
-use proxy_core::netpol::spec::Change;
+use proxy_core::netpol::spec::{Change, PolicySpec};
 
 use super::convert::unreadable_policy;
 use super::manifest::{self, Found, Kind, Object, ObjectKey};
@@ -110,6 +110,28 @@ const fn of_policies(kind: Kind) -> bool {
 
 fn is_hidden(path: &Path) -> bool {
     path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."))
+}
+
+/// The NetworkPolicies of a folder, and what is wrong with its manifests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Manifests {
+    /// Policies, as written.
+    pub policies: Vec<PolicySpec>,
+    /// What cannot be read, of any kind.
+    pub problems: Vec<Diagnostic>,
+}
+
+/// Reads a folder once.
+pub fn read_policies(root: &Path) -> Manifests {
+    let mut read = Manifests::default();
+    for event in Folder::new(root.to_owned(), "".into()).scan(true, &mut |_| {}) {
+        match event {
+            Event::NetworkPolicy(Change::Policy(policy)) => read.policies.push(policy),
+            Event::Diagnostics { findings, .. } => read.problems.extend(findings),
+            _ => {}
+        }
+    }
+    read
 }
 
 // === impl Folder ===

@@ -1,22 +1,26 @@
-//! `policy list` and `endpoint list`: what is in force on this node.
+//! `policy list`, `policy lint` and `endpoint list`: what is in force on this node.
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use proxy_abi::policy::{BlockEntry, SlotWord};
 use proxy_abi::{DeviceEntry, IpBytes};
 use serde_json::{Value, json};
 
 use super::{Format, open, print};
-use crate::ask::{Answer, AskError, PodInfo, PolicyInfo, Question, ask};
+use crate::ask::{Answer, AskError, LintInfo, PodInfo, PolicyInfo, Question, ask};
 use crate::dataplane::policy::PolicyMaps;
+
+/// Exit code when something is the matter with a policy.
+const FOUND: u8 = 2;
 
 /// NetworkPolicies, as the agent knows them.
 pub fn policies(pin_root: &Path, format: Format) -> Result<()> {
     let all = match ask(pin_root, &Question::Policies)? {
         Answer::Policies(all) => all,
-        Answer::Pods { .. } | Answer::Reason(_) => Vec::new(),
+        Answer::Pods { .. } | Answer::Lint(_) | Answer::Reason(_) => Vec::new(),
     };
     let rules = |rules: &Option<Vec<String>>| match (rules, format) {
         (None, _) => Value::Null,
@@ -24,11 +28,29 @@ pub fn policies(pin_root: &Path, format: Format) -> Result<()> {
         (Some(rules), Format::Table) if rules.is_empty() => json!("nothing"),
         (Some(rules), Format::Table) => json!(rules.join("; ")),
     };
-    let row = |PolicyInfo { name, subject, ingress, egress, pods, problems }: PolicyInfo| {
-        vec![json!(name), json!(subject), json!(pods), rules(&ingress), rules(&egress), json!(problems)]
+    let row = |PolicyInfo { name, subject, ingress, egress, pods, problems, lint }: PolicyInfo| {
+        vec![json!(name), json!(subject), json!(pods), rules(&ingress), rules(&egress), json!(lint), json!(problems)]
     };
-    let columns = ["policy", "for", "pods here", "lets in", "lets out", "problems"];
+    let columns = ["policy", "for", "pods here", "lets in", "lets out", "lint", "problems"];
     print(format, &columns, all.into_iter().map(row).collect())
+}
+
+/// What is the matter with NetworkPolicies, or with one of them. Ends with 2 when something is.
+pub fn lint(pin_root: &Path, format: Format, policy: Option<&str>) -> Result<ExitCode> {
+    let question = Question::Lint { policy: policy.map(str::to_owned) };
+    let Answer::Lint(Some(all)) = ask(pin_root, &question)? else {
+        bail!("no NetworkPolicy is called {}", policy.unwrap_or_default());
+    };
+    let code = if all.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FOUND) };
+    if all.is_empty() && format == Format::Table {
+        super::write("nothing is the matter")?;
+        return Ok(code);
+    }
+    let row = |LintInfo { policy, rule, kind, problem, fix }: LintInfo| {
+        vec![json!(policy), json!(rule), json!(kind), json!(problem), json!(fix)]
+    };
+    print(format, &["policy", "rule", "kind", "problem", "fix"], all.into_iter().map(row).collect())?;
+    Ok(code)
 }
 
 /// Pod interfaces of this node, with the policy that the maps hold for them. Names are the agent's: without it they are

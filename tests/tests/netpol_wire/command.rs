@@ -1,4 +1,4 @@
-//! `explain`, `policy list`, `endpoint list`: from the maps as they are, with and without the agent.
+//! `explain`, `policy list`, `policy lint`, `endpoint list`: from the maps as they are, with and without the agent.
 
 use proxy_tests::{Deadline, Family};
 use serde_json::{Value, json};
@@ -103,6 +103,24 @@ fn who_may_reach_whom_and_why() {
     stage.apply("z", "other", &json!({ "podSelector": { "matchLabels": { "pod": "nobody" } } }));
     stage.settle();
     assert_eq!(revision(&stage), before, "another namespace's policy");
+
+    // What is the matter: with the second policy, and nothing with the first.
+    let lint = |stage: &Stage, words: &[&str]| {
+        let (code, text) = stage.run(0, &[&["policy", "lint"], words, &["-o", "json"]].concat());
+        let rows: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        let row = |row: &Value| format!("{} {} {}", row["policy"], row["rule"], row["kind"]);
+        (code, rows["items"].as_array().expect("items").iter().map(row).collect::<Vec<_>>())
+    };
+    let told = (2, vec![r#""z/other" null "selects-nobody""#.to_owned()]);
+    assert_eq!([lint(&stage, &[]), lint(&stage, &["z/other"])], [told.clone(), told]);
+    assert_eq!(lint(&stage, &["x/web"]), (0, vec![]));
+    let (code, text) = stage.run(0, &["policy", "lint", "x/none"]);
+    assert!(code == 1 && text.contains("no NetworkPolicy is called x/none"), "{code} {text}");
+    let (_, text) = stage.run(0, &["policy", "list", "-o", "json"]);
+    let list: Value = serde_json::from_str(&text).expect("JSON");
+    let counts =
+        list["items"].as_array().expect("items").iter().map(|row| format!("{} {}", row["policy"], row["lint"]));
+    assert_eq!(counts.collect::<Vec<_>>(), [r#""x/web" 0"#, r#""z/other" 1"#]);
 
     // Without the agent: the same verdict, in numbers.
     let ip = |pod| stage.ip(pod, Family::V4).to_string();

@@ -20,7 +20,7 @@ use self::sets::{SetFault, Sets};
 use super::digest;
 use super::partition::{Cell, Partition};
 use super::policy::PortName;
-use super::predicate::Questions;
+use super::predicate::{Question, Questions};
 use super::rules::{self, RuleSet};
 use super::spec::Change;
 use super::tables::{Op, PolicyTables};
@@ -476,6 +476,16 @@ impl Engine {
     /// The rules that an entry of `policy_set` is a piece of, and which piece.
     pub(super) fn rules_of_piece(&self, id: u32) -> Option<(&RuleSet, usize)> {
         self.sets.of_piece(id)
+    }
+
+    /// The rules that pods of this node have, each set once.
+    pub(super) fn rule_sets(&self) -> impl Iterator<Item = &RuleSet> {
+        self.sets.rules()
+    }
+
+    /// The cells that answer yes to a question.
+    pub(super) fn cells(&self, question: &Question) -> impl Iterator<Item = u32> + '_ {
+        self.questions.element(question).into_iter().flat_map(|element| self.partition.of_element(element))
     }
 
     pub(super) fn rules_per_set(&self) -> usize {

@@ -178,6 +178,11 @@ impl Questions {
         self.predicate(element).is_some_and(|predicate| predicate.matches_pod(&member.pod, namespace))
     }
 
+    /// The number of a question that is asked.
+    pub fn element(&self, question: &Question) -> Option<Element> {
+        self.by_content.get(question).copied()
+    }
+
     /// A question about addresses.
     pub fn predicate(&self, element: Element) -> Option<&Predicate> {
         match &self.states.get(&element)?.question {

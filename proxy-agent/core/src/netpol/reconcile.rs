@@ -174,8 +174,8 @@ impl PolicyReconciler {
                 (PolicySource::Policies, gone.map(Change::PolicyGone).collect())
             }
             PolicyListing::Pods(names) => {
-                let gone = world.members().map(|(name, _)| name).filter(|name| !names.contains(name));
-                (PolicySource::Pods, gone.cloned().map(Change::PodGone).collect())
+                let gone = world.pod_names().filter(|name| !names.contains(name));
+                (PolicySource::Pods, gone.map(Change::PodGone).collect())
             }
             PolicyListing::Namespaces(names) => {
                 let known = world.namespaces().filter(|(_, object)| object.is_some()).map(|(name, _)| name);

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::parse;
 use super::policy::{Policy, PortName};
 use super::predicate::{Element, exposed};
+use super::selector::Selector;
 use super::spec::{Change, Labels, Namespace, Pod};
 use crate::diagnostic::Diagnostic;
 use crate::name::ObjectName;
@@ -29,6 +30,8 @@ struct Space {
     deleted: BTreeSet<Arc<str>>,
     /// Pods whose addresses count.
     pods: BTreeSet<Arc<str>>,
+    /// Labels of hostNetwork pods that have not ended.
+    host_pods: BTreeMap<Arc<str>, Labels>,
 }
 
 /// What a change touched.
@@ -132,9 +135,21 @@ impl World {
                 self.set_policy(&policy, None, touched);
             }
         }
-        let empty = |s: &Space| s.object.is_none() && s.policies.is_empty() && s.pods.is_empty();
+        self.forget_space(name);
+    }
+
+    fn forget_space(&mut self, name: &str) {
+        let empty =
+            |s: &Space| s.object.is_none() && s.policies.is_empty() && s.pods.is_empty() && s.host_pods.is_empty();
         if self.spaces.get(name).is_some_and(empty) {
             self.spaces.remove(name);
+        }
+    }
+
+    fn forget_host_pod(&mut self, name: &ObjectName) {
+        let space = self.spaces.get_mut(&name.namespace);
+        if space.is_some_and(|space| space.host_pods.remove(&name.name).is_some()) {
+            self.forget_space(&name.namespace);
         }
     }
 
@@ -176,8 +191,13 @@ impl World {
         }
         if !counts(&pod) {
             self.remove_pod(&name, touched);
+            if !pod.finished {
+                let space = self.spaces.entry(Arc::clone(&name.namespace)).or_default();
+                space.host_pods.insert(Arc::clone(&name.name), pod.labels);
+            }
             return;
         }
+        self.forget_host_pod(&name);
         let new = Arc::new(pod);
         let same = |f: fn(&Pod) -> bool| old.as_ref().is_some_and(|old| f(old) == f(&new));
         let relabelled = old.as_ref().is_none_or(|old| old.labels != new.labels);
@@ -206,6 +226,7 @@ impl World {
     }
 
     fn remove_pod(&mut self, name: &ObjectName, touched: &mut Touched) {
+        self.forget_host_pod(name);
         let Some(member) = self.members.remove(name) else { return };
         self.unclaim(&member.pod, touched);
         touched.subjects.insert(name.clone());
@@ -332,6 +353,28 @@ impl World {
     /// Numbers that pods give to names, and how many of them.
     pub const fn numbers(&self) -> &BTreeMap<PortName, BTreeMap<u16, usize>> {
         &self.numbers
+    }
+
+    /// hostNetwork pods of a namespace that a selector matches. No policy has an effect on them.
+    pub fn host_pods<'a>(&'a self, namespace: &str, selector: &'a Selector) -> impl Iterator<Item = ObjectName> + 'a {
+        self.spaces.get_key_value(namespace).into_iter().flat_map(move |(namespace, space)| {
+            let matching = space.host_pods.iter().filter(|(_, labels)| selector.matches(labels));
+            matching.map(|(name, _)| ObjectName::new(Arc::clone(namespace), Arc::clone(name)))
+        })
+    }
+
+    /// Pods that are known, those in the node's network too.
+    pub fn pod_names(&self) -> impl Iterator<Item = ObjectName> + '_ {
+        let host = self.spaces.iter().flat_map(|(namespace, space)| {
+            let names = space.host_pods.keys();
+            names.map(|name| ObjectName::new(Arc::clone(namespace), Arc::clone(name)))
+        });
+        self.members.keys().cloned().chain(host)
+    }
+
+    /// What is wrong with one policy.
+    pub fn findings_of(&self, name: &ObjectName) -> &[Diagnostic] {
+        self.findings.get(name).map_or(&[], Vec::as_slice)
     }
 
     /// What is wrong with policies.

@@ -16,20 +16,20 @@ use proxy_oracle::verdict::Side;
 
 use crate::netpol_maps::Node;
 
-fn labels(pairs: &[(&str, &str)]) -> Labels {
+pub(crate) fn labels(pairs: &[(&str, &str)]) -> Labels {
     pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect()
 }
 
-fn container_port(name: &str, protocol: &str, port: u16, container: Container) -> ContainerPort {
+pub(crate) fn container_port(name: &str, protocol: &str, port: u16, container: Container) -> ContainerPort {
     ContainerPort { name: name.into(), protocol: Some(protocol.into()), port, container }
 }
 
-fn object_name(text: &str) -> ObjectName {
+pub(crate) fn object_name(text: &str) -> ObjectName {
     let (namespace, name) = text.split_once('/').expect("namespace/name");
     ObjectName::new(namespace, name)
 }
 
-fn pod(name: &str, number: u8, pairs: &[(&str, &str)], ports: Vec<ContainerPort>) -> Pod {
+pub(crate) fn pod(name: &str, number: u8, pairs: &[(&str, &str)], ports: Vec<ContainerPort>) -> Pod {
     Pod {
         name: object_name(name),
         uid: format!("uid of {name}").into(),
@@ -44,14 +44,14 @@ fn pod(name: &str, number: u8, pairs: &[(&str, &str)], ports: Vec<ContainerPort>
     }
 }
 
-fn namespace(name: &str, pairs: &[(&str, &str)]) -> Change {
+pub(crate) fn namespace(name: &str, pairs: &[(&str, &str)]) -> Change {
     let mut labels = labels(pairs);
     labels.insert("kubernetes.io/metadata.name".into(), name.into());
     Change::Namespace(Namespace { name: name.into(), labels, terminating: false })
 }
 
 /// Three namespaces, seven pods: `x/db` is the one that most policies are for.
-fn fixture() -> Vec<Change> {
+pub(crate) fn fixture() -> Vec<Change> {
     let http = |protocol, port| container_port("http", protocol, port, Container::Main);
     let db = vec![
         http("TCP", 8080),
@@ -78,15 +78,15 @@ fn fixture() -> Vec<Change> {
     ]
 }
 
-fn all() -> SelectorSpec {
+pub(crate) fn all() -> SelectorSpec {
     SelectorSpec::default()
 }
 
-fn with(key: &str, value: &str) -> SelectorSpec {
+pub(crate) fn with(key: &str, value: &str) -> SelectorSpec {
     SelectorSpec { labels: labels(&[(key, value)]), expressions: vec![] }
 }
 
-fn expression(key: &str, operator: &str, values: &[&str]) -> SelectorSpec {
+pub(crate) fn expression(key: &str, operator: &str, values: &[&str]) -> SelectorSpec {
     let values = values.iter().map(|value| (*value).into()).collect();
     SelectorSpec {
         labels: Labels::new(),
@@ -94,38 +94,38 @@ fn expression(key: &str, operator: &str, values: &[&str]) -> SelectorSpec {
     }
 }
 
-fn pods(selector: SelectorSpec) -> PeerSpec {
+pub(crate) fn pods(selector: SelectorSpec) -> PeerSpec {
     PeerSpec { pods: Some(selector), ..PeerSpec::default() }
 }
 
-fn namespaces(selector: SelectorSpec) -> PeerSpec {
+pub(crate) fn namespaces(selector: SelectorSpec) -> PeerSpec {
     PeerSpec { namespaces: Some(selector), ..PeerSpec::default() }
 }
 
-fn both(namespaces: SelectorSpec, pods: SelectorSpec) -> PeerSpec {
+pub(crate) fn both(namespaces: SelectorSpec, pods: SelectorSpec) -> PeerSpec {
     PeerSpec { namespaces: Some(namespaces), pods: Some(pods), block: None }
 }
 
-fn block(cidr: &str, except: &[&str]) -> PeerSpec {
+pub(crate) fn block(cidr: &str, except: &[&str]) -> PeerSpec {
     let except = except.iter().map(|net| (*net).into()).collect();
     PeerSpec { block: Some(BlockSpec { cidr: cidr.into(), except }), ..PeerSpec::default() }
 }
 
-fn port(protocol: Option<&str>, number: i32) -> PortSpec {
+pub(crate) fn port(protocol: Option<&str>, number: i32) -> PortSpec {
     PortSpec { protocol: protocol.map(Into::into), port: Some(PortNumber::Number(number)), end_port: None }
 }
 
-fn named(protocol: &str, name: &str) -> PortSpec {
+pub(crate) fn named(protocol: &str, name: &str) -> PortSpec {
     PortSpec { protocol: Some(protocol.into()), port: Some(PortNumber::Name(name.into())), end_port: None }
 }
 
-fn rule(peers: Vec<PeerSpec>, ports: Vec<PortSpec>) -> RuleSpec {
+pub(crate) fn rule(peers: Vec<PeerSpec>, ports: Vec<PortSpec>) -> RuleSpec {
     let some = |empty: bool| !empty;
     RuleSpec { ports: some(ports.is_empty()).then_some(ports), peers: some(peers.is_empty()).then_some(peers) }
 }
 
 /// A policy for `x/db`.
-fn policy(name: &str) -> PolicySpec {
+pub(crate) fn policy(name: &str) -> PolicySpec {
     PolicySpec {
         name: object_name(name),
         pod_selector: Some(with("app", "db")),
@@ -135,11 +135,11 @@ fn policy(name: &str) -> PolicySpec {
     }
 }
 
-fn ingress(rules: Vec<RuleSpec>) -> Vec<PolicySpec> {
+pub(crate) fn ingress(rules: Vec<RuleSpec>) -> Vec<PolicySpec> {
     vec![PolicySpec { ingress: Some(rules), ..policy("x/p") }]
 }
 
-fn egress(rules: Vec<RuleSpec>) -> Vec<PolicySpec> {
+pub(crate) fn egress(rules: Vec<RuleSpec>) -> Vec<PolicySpec> {
     vec![PolicySpec { policy_types: Some(vec!["Egress".into()]), egress: Some(rules), ..policy("x/p") }]
 }
 

@@ -195,6 +195,11 @@ impl Sets {
         &self.pieces
     }
 
+    /// The rules of all sets.
+    pub(super) fn rules(&self) -> impl Iterator<Item = &RuleSet> {
+        self.chains.values().map(|chain| &*chain.rules)
+    }
+
     /// The pieces of a set.
     pub(super) fn chain(&self, first: u32) -> &[u32] {
         self.chains.get(&first).map_or(&[], |chain| &chain.pieces)
