@@ -96,10 +96,10 @@ fn ask_tcp(target: SocketAddr, patience: Duration) -> io::Result<(String, Socket
 }
 
 /// A port that no question before came from, as long as they last: a flow of UDP outlives its socket, and keeps its
-/// backend. Below the ports that the kernel chooses, and above those that servers and NodePorts have here.
+/// backend. Above the ports that the kernel chooses (to 60,999) and those that flows are masqueraded with (to 32,767).
 fn fresh_port() -> u16 {
-    const FIRST: u16 = 10_000;
-    const END: u16 = 30_000;
+    const FIRST: u16 = 61_000;
+    const END: u16 = 65_535;
     static ASKED: AtomicU16 = AtomicU16::new(0);
     FIRST + ASKED.fetch_add(1, Ordering::Relaxed) % (END - FIRST)
 }
