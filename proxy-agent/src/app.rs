@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
+use proxy_abi::policy::PodHits;
 use proxy_abi::{Hook, Reason};
 use proxy_core::event::{Event, Node};
 use proxy_core::facts::Facts;
@@ -16,24 +17,27 @@ use tokio::task::JoinSet;
 use crate::ask::listen::{Inquiry, answer_questions};
 use crate::dataplane::pins::{Maps, Pins};
 use crate::dataplane::sweep::monotonic;
-use crate::dataplane::{self, Bpf};
-use crate::k8s::{self, SourceConfig};
+use crate::dataplane::{self, Bpf, SocketLb};
+use crate::k8s::{self, PodWatch, SourceConfig};
 use crate::kubeproxy::reload::Reload;
 use crate::kubeproxy::{Settings, sysctl};
 use crate::node::binding::Previous;
 use crate::node::classify::NamePattern;
 use crate::node::cni::Records;
 use crate::node::{self, Inputs, cni, conntrack, guard};
+use crate::serve::hits::Numbers;
 use crate::serve::listen::{self, Own};
 use crate::serve::metrics::Packets;
 use crate::serve::service::Addresses;
 use crate::serve::{Health, Metrics, Notices, health, service, status};
 
 mod answer;
+mod cgroup_pods;
 mod policies;
 mod rounds;
 mod world;
 
+use cgroup_pods::CgroupPods;
 use policies::Policies;
 use rounds::Rounds;
 use world::World;
@@ -96,6 +100,7 @@ pub async fn run(config: Config) -> Result<()> {
         pins = %dataplane.pin_root.display(),
         attach = ?bpf.way(),
         cgroup = ?dataplane.cgroup,
+        socket_lb = ?dataplane.socket_lb,
         node = node_name,
         source = %source,
         "programs are loaded"
@@ -103,7 +108,10 @@ pub async fn run(config: Config) -> Result<()> {
     take_over(&bpf);
     let metrics = Arc::new(Metrics::default());
     let maps = Pins::new(&dataplane.pin_root).open()?;
-    metrics.read_packets(Box::new(move || packets(&maps)));
+    let maps = Arc::new(maps);
+    let of_packets = Arc::clone(&maps);
+    metrics.read_packets(Box::new(move || packets(&of_packets)));
+    metrics.read_numbers(Box::new(move || numbers(&maps)));
     let (notices, mut recorder) = recorder(&source, &node_name, &settings).await?;
     let health = Arc::new(Health::new(settings.health_timeout));
     serve_own(&settings, &node_name, &health, &metrics, &notices)?;
@@ -124,17 +132,23 @@ pub async fn run(config: Config) -> Result<()> {
     };
     let discovery = node::Config { pod_bridges, ..node::Config::default() };
     let mut links = node::spawn(discovery, inputs, events.clone())?;
-    let mut source = k8s::spawn(source, &node_name, events).await?;
+    let cgroup_pods = match dataplane.socket_lb {
+        SocketLb::All => dataplane.cgroup.clone().map(CgroupPods::new),
+        SocketLb::Node => None,
+    };
+    let pods = if cgroup_pods.is_some() { PodWatch::Always } else { PodWatch::ForPolicies };
+    let mut source = k8s::spawn_with(source, &node_name, pods, events).await?;
     metrics.watches(Arc::clone(source.metrics()));
 
     let inquiries = inquiries(&dataplane.pin_root);
     let world = World { node: node_tx, facts, addresses, devices: BTreeMap::new(), health, metrics, notices };
-    let policies = Policies::new(&node_name, records);
+    let policies = Policies::new(&node_name, bpf.maps().policy.limits(), records);
     let guarded = bridge_guard.then(|| links.devices());
-    if let Some(removed) = (!bridge_guard).then(guard::remove_if_there).flatten() {
+    // Without `nft` there was no guard either.
+    if let Some(Ok(Some(removed))) = (!bridge_guard).then(guard::remove_if_there) {
         tracing::info!("{removed} is removed: --bridge-guard is not given");
     }
-    let rounds = Rounds::new(bpf, world, policies, settings, guarded);
+    let rounds = Rounds::new(bpf, world, policies, cgroup_pods, settings, guarded);
     let mut reconciler = tokio::spawn(async move { rounds.run(&mut inbox, inquiries).await });
     let reloaded = async {
         match reload {
@@ -241,6 +255,16 @@ fn serve_own(
         keep(METRICS_SERVER, address, status::router(metrics, about))?;
     }
     Ok(())
+}
+
+/// What policies decided. What cannot be read is left out: it comes with the next scrape.
+fn numbers(maps: &Maps) -> Numbers {
+    let rules = maps.policy.hits.read().unwrap_or_default();
+    let pods = maps.policy.pod_hits.read().unwrap_or_default();
+    Numbers {
+        rules: rules.into_iter().collect(),
+        pods: pods.into_iter().filter(|(_, hits)| *hits != PodHits::ZERO).collect(),
+    }
 }
 
 /// Packet counters over all CPUs. A row that cannot be read is left out: it comes with the next scrape.

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, sockopt};
 use proxy_core::netpol::digest;
+use proxy_core::netpol::hits::Hits;
 use proxy_core::netpol::lint::{Finding, rule_name};
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +50,21 @@ pub enum Question {
     },
     /// Why a verdict is as it is.
     Reason(Asked),
+    /// What the maps are to hold: of all, and of the first of these frontends that there is.
+    Model(Vec<FrontendName>),
+}
+
+/// Key of a frontend, as in the maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrontendName {
+    /// Address; unspecified = all of the node's of its family.
+    pub ip: IpAddr,
+    /// Port.
+    pub port: u16,
+    /// Protocol number.
+    pub proto: u8,
+    /// Scope.
+    pub scope: u8,
 }
 
 /// A verdict on one side of a flow.
@@ -81,6 +97,30 @@ pub enum Answer {
     Lint(Option<Vec<LintInfo>>),
     /// Why.
     Reason(ReasonInfo),
+    /// What is to be.
+    Model(ModelInfo),
+}
+
+/// What the maps are to hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// Kinds of objects that have not been listed yet: until then the maps stay as they were.
+    pub missing: Vec<String>,
+    /// Are all changes to Services and to policies in the maps?
+    pub settled: bool,
+    /// Epoch of the policies.
+    pub epoch: u32,
+    /// The frontend; `None` when there is none of the keys.
+    pub frontend: Option<FrontendInfo>,
+}
+
+/// What a frontend is to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrontendInfo {
+    /// Generation of its row.
+    pub generation: u32,
+    /// Its endpoints.
+    pub endpoints: Vec<std::net::SocketAddr>,
 }
 
 /// A pod.
@@ -122,6 +162,34 @@ pub struct PolicyInfo {
     /// How many things are the matter with it, those that are wrong among them.
     #[serde(default)]
     pub lint: usize,
+    /// It is not enforced: what it would refuse passes, and is counted.
+    #[serde(default)]
+    pub audited: bool,
+    /// What each rule of `ingress` has decided; `None` = it is not counted, because no pod of this node has it.
+    #[serde(default)]
+    pub ingress_hits: Vec<Option<HitsInfo>>,
+    /// The same for egress.
+    #[serde(default)]
+    pub egress_hits: Vec<Option<HitsInfo>>,
+    /// Flows that were refused because none of its rules matched, nor one of another policy of the pod; of an audited one:
+    /// that would be refused.
+    #[serde(default)]
+    pub refused: Option<HitsInfo>,
+}
+
+/// A number, and since when it is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HitsInfo {
+    /// Judgements of flows.
+    pub count: u64,
+    /// Seconds since 1970.
+    pub since: u64,
+}
+
+impl From<Hits> for HitsInfo {
+    fn from(Hits { count, since }: Hits) -> Self {
+        Self { count, since }
+    }
 }
 
 /// Something that is the matter with a policy.
@@ -158,6 +226,9 @@ pub struct ReasonInfo {
     pub rule: Option<RuleInfo>,
     /// Policies that isolate the pod, where none of their rules matched.
     pub isolated_by: Vec<String>,
+    /// Those among them that are only audited.
+    #[serde(default)]
+    pub audited: Vec<String>,
     /// Rules that match the peer or the port, but not both.
     pub near: Vec<NearInfo>,
 }

@@ -4,7 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use proxy_core::diagnostic::Diagnostic;
+use proxy_core::netpol::engine::Limits;
 use proxy_core::netpol::lint::without_cluster;
+use proxy_ebpf::conntrack::UdpIdle;
 
 use crate::ask::LintInfo;
 use crate::dataplane::attach::Way;
@@ -73,10 +75,13 @@ pub fn report(pin_root: &Path, cgroup: Option<&Path>) -> Vec<Finding> {
         pin_root: trial.clone(),
         attach: AttachMode::Auto,
         cgroup: None,
+        socket_lb: dataplane::SocketLb::Node,
         flow_live: 1024,
         flow_brief: 1024,
         pod_quota: 0,
         node_open: false,
+        udp_idle: UdpIdle::DEFAULT,
+        policy: Limits::default(),
     };
     match Bpf::open(&config) {
         Ok(bpf) => {
@@ -88,7 +93,7 @@ pub fn report(pin_root: &Path, cgroup: Option<&Path>) -> Vec<Finding> {
                 Level::Problem,
                 "programs",
                 full(&error),
-                "Linux 5.15 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_ACT",
+                "Linux 6.1 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_ACT",
             );
         }
     }

@@ -7,9 +7,10 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use proxy_abi::capacity;
+use proxy_core::netpol::engine::Limits;
 use tracing_subscriber::EnvFilter;
 
-use crate::dataplane::{self, AttachMode, sizing};
+use crate::dataplane::{self, AttachMode, SocketLb, sizing};
 use crate::k8s::SourceConfig;
 use crate::kubeproxy::cleanup::Cleanup;
 use crate::kubeproxy::config::ConfigFile;
@@ -98,8 +99,15 @@ struct PolicyArgs {
 
 #[derive(Debug, Subcommand)]
 enum PolicyVerb {
-    /// Show all of them, as the agent knows them.
-    List(ViewArgs),
+    /// Show all of them, as the agent knows them, with what they decided on this node: each judgement of a flow is a hit of
+    /// the rule that allowed it, or a refusal of the policies none of whose rules did.
+    List {
+        /// Only rules without a hit, and since when they are counted.
+        #[arg(long)]
+        unused: bool,
+        #[command(flatten)]
+        view: ViewArgs,
+    },
     /// Tell which policies can be read and yet hardly do what was meant: selectors that match nothing, names of ports that no
     /// pod has, rules that add nothing. The exit code is 0 when there is nothing to tell and 2 when there is.
     Lint {
@@ -253,6 +261,10 @@ struct RunArgs {
     /// `none`.
     #[arg(long, default_value = "auto")]
     cgroup: CgroupArg,
+    /// Whose sockets are led to a Service's backend before there is a packet: those of the node and hostNetwork pods, or those
+    /// of all pods, but for pods with the annotation proxy-agent.io/socket-lb: "disabled".
+    #[arg(long, value_enum, default_value_t = SocketLb::Node, env = "PROXY_AGENT_SOCKET_LB")]
+    socket_lb: SocketLb,
     /// Only bridges of these names (`*` and `?` allowed) carry pods; by default every bridge with an address does.
     #[arg(long)]
     pod_bridge: Vec<NamePattern>,
@@ -324,7 +336,9 @@ impl Cli {
                 flow::flush(&view.pins.pin_root, view.output, &filter, all).map(|()| ExitCode::SUCCESS)
             }
             Command::Device(ListArgs { verb: ListVerb::List(args) }) => show(&args, view::devices),
-            Command::Policy(PolicyArgs { verb: PolicyVerb::List(args) }) => show(&args, view::policies),
+            Command::Policy(PolicyArgs { verb: PolicyVerb::List { unused, view } }) => {
+                show(&view, if unused { view::unused } else { view::policies })
+            }
             Command::Policy(PolicyArgs { verb: PolicyVerb::Lint { policy, view } }) => {
                 view::lint(&view.pins.pin_root, view.output, policy.as_deref())
             }
@@ -339,17 +353,31 @@ impl Cli {
             }
             Command::Cleanup(args) if args.keep_flows => {
                 let (mut removed, left) = dataplane::retire(&args.pins.pin_root)?;
+                // From now on nobody gives programs to a new pod.
+                unguard(&mut removed);
                 removed.push(format!("established connections that go on: {left}"));
                 view::lines(&removed, "nothing of proxy-agent is here");
                 Ok(ExitCode::SUCCESS)
             }
             Command::Cleanup(args) => {
                 let mut removed = dataplane::cleanup(&args.pins.pin_root)?;
-                removed.extend(guard::remove_if_there());
+                unguard(&mut removed);
                 view::lines(&removed, "nothing of proxy-agent is here");
                 Ok(ExitCode::SUCCESS)
             }
         }
+    }
+}
+
+/// Removes the guard of bridges, or says what whoever asked for it has to do.
+fn unguard(removed: &mut Vec<String>) {
+    match guard::remove_if_there() {
+        Ok(found) => removed.extend(found),
+        Err(error) => eprintln!(
+            "proxy-agent: {error}. Where the agent ran with --bridge-guard, new pods stay silent until \
+             `nft delete table bridge {}` is run in this network namespace",
+            guard::TABLE
+        ),
     }
 }
 
@@ -367,6 +395,7 @@ fn run(args: RunArgs) -> Result<()> {
         attach,
         conntrack_settings,
         cgroup,
+        socket_lb,
         pod_bridge,
         cni_results,
         allow_pods_to_node,
@@ -377,6 +406,12 @@ fn run(args: RunArgs) -> Result<()> {
         pod_flow_quota,
         kube_proxy: flags,
     } = args;
+    let cgroup = cgroup.resolve()?;
+    anyhow::ensure!(
+        cgroup.is_some() || socket_lb == SocketLb::Node,
+        "--socket-lb all and --cgroup none exclude each other: sockets are reached at the root of the cgroup v2 hierarchy; \
+         give --cgroup PATH, or leave --socket-lb out"
+    );
     let external_ips = external_ips.map(|ExternalIps(which)| which);
     let file = flags.config.as_deref().map(ConfigFile::read).transpose()?;
     let (settings, ignored) = Settings::new(file.as_ref(), &flags, external_ips.as_ref())?;
@@ -403,12 +438,15 @@ fn run(args: RunArgs) -> Result<()> {
         dataplane: dataplane::Config {
             pin_root,
             attach,
-            cgroup: cgroup.resolve()?,
+            cgroup,
+            socket_lb,
             flow_live,
             flow_brief: flow_brief_entries.unwrap_or(sized.brief),
             // A flow through a Service has two entries.
             pod_quota: pod_flow_quota.unwrap_or(flow_live / 4),
             node_open: allow_pods_to_node,
+            udp_idle: settings.timeouts.udp_idle(),
+            policy: Limits::default(),
         },
         pod_bridges: pod_bridge,
         cni_results,

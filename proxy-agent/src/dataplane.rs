@@ -11,22 +11,28 @@ use std::path::{Path, PathBuf};
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use proxy_abi::flow::state;
-use proxy_abi::{BackendEntry, DeviceEntry, FlowEntry, FlowKey, PortBe, Proto, Tuple, map as map_name};
+use proxy_abi::{BackendEntry, DeviceEntry, FlowEntry, FlowKey, PortBe, Proto, Tuple, capacity, map as map_name};
 use proxy_core::dataplane::Dataplane;
+use proxy_core::netpol::engine::Limits;
 use proxy_core::tables::{Op, Tables};
+use proxy_ebpf::conntrack::{self, UdpIdle};
 
 pub mod attach;
+mod cleanup;
 pub mod describe;
+pub mod dry;
 pub mod map;
 pub mod pins;
 pub mod policy;
 pub mod probes;
 pub mod sizing;
 pub mod sweep;
+pub mod symbol;
 pub mod sysbpf;
 pub mod upgrade;
 
 use attach::Way;
+pub use cleanup::{cleanup, retire};
 use describe::Description;
 use map::Layout;
 use pins::{LinkPin, Maps, Pins};
@@ -168,6 +174,16 @@ pub enum AttachMode {
     Clsact,
 }
 
+/// Whose sockets are led to backends before there is a packet, as asked for on the command line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum SocketLb {
+    /// Those of the node's own network namespace: its processes and hostNetwork pods.
+    #[default]
+    Node,
+    /// Those of pods, too, but for pods with the annotation proxy-agent.io/socket-lb: "disabled".
+    All,
+}
+
 /// What the dataplane is to be.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -177,6 +193,8 @@ pub struct Config {
     pub attach: AttachMode,
     /// Root of the cgroup v2 hierarchy; `None` leaves sockets of the node alone.
     pub cgroup: Option<PathBuf>,
+    /// Whose sockets are translated there.
+    pub socket_lb: SocketLb,
     /// Entries of `flow_live`.
     pub flow_live: u32,
     /// Entries of `flow_brief`.
@@ -185,6 +203,10 @@ pub struct Config {
     pub pod_quota: u32,
     /// A pod reaches its own node whatever its policies say.
     pub node_open: bool,
+    /// How long a flow that is not TCP may be idle.
+    pub udp_idle: UdpIdle,
+    /// Entries of the maps of policy, where they are not pinned yet.
+    pub policy: Limits,
 }
 
 /// The loaded object with its maps, pinned and open.
@@ -196,6 +218,16 @@ pub struct Bpf {
     pins: Pins,
     way: Way,
     ended: BTreeMap<(u32, u32), BackendEntry>,
+}
+
+impl Config {
+    /// Entries of `pod_socket`.
+    const fn pod_sockets(&self) -> u32 {
+        match self.socket_lb {
+            SocketLb::Node => capacity::NO_POD_SOCKET,
+            SocketLb::All => capacity::POD_SOCKET,
+        }
+    }
 }
 
 impl Bpf {
@@ -213,6 +245,7 @@ impl Bpf {
             flow_brief: room(&upgrades, map_name::FLOW_BRIEF, config.flow_brief),
             ..config.clone()
         };
+        pins.resize(map_name::POD_SOCKET, config.pod_sockets())?;
         let mut ebpf = match load(&pins, config, true) {
             // Without `bpf_set_retval` (Linux 5.18) the socket programs refuse in another way.
             Err(Error::Program { program, .. }) if attach::CGROUP_PROGRAMS.iter().any(|(name, _)| *name == program) => {
@@ -220,7 +253,16 @@ impl Bpf {
             }
             loaded => loaded?,
         };
-        let settings = [(describe::POD_QUOTA, config.pod_quota), (describe::NODE_OPEN, u32::from(config.node_open))];
+        let UdpIdle { unreplied, assured } = config.udp_idle;
+        let [unreplied, assured] =
+            [unreplied, assured].map(|time| u32::try_from(time / conntrack::SECOND).unwrap_or(u32::MAX));
+        let settings = [
+            (describe::POD_QUOTA, config.pod_quota),
+            (describe::NODE_OPEN, u32::from(config.node_open)),
+            (describe::SOCKET_LB, u32::from(config.socket_lb == SocketLb::All)),
+            (describe::UDP_IDLE[0], unreplied),
+            (describe::UDP_IDLE[1], assured),
+        ];
         Description::own(&settings).write(&pins.maps())?;
         for upgrade in &mut upgrades {
             upgrade.carry(&ebpf, &pins)?;
@@ -354,8 +396,13 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
     loader.override_global("POD_QUOTA", &config.pod_quota, true);
     let node_open = u32::from(config.node_open);
     loader.override_global("NODE_OPEN", &node_open, true);
+    loader.override_global("UDP_UNREPLIED", &config.udp_idle.unreplied, true);
+    loader.override_global("UDP_ASSURED", &config.udp_idle.assured, true);
     let tracing = u32::from(!is_memory_hidden());
     loader.override_global("TRACING", &tracing, true);
+    let socket_lb = u32::from(config.socket_lb == SocketLb::All);
+    loader.override_global("SOCKET_LB", &socket_lb, true);
+    loader.override_global("DRY_RUN", &0_u32, true);
     for layout in pins::LAYOUTS {
         loader.map_pin_path(layout.name, directory.join(layout.name));
     }
@@ -364,6 +411,10 @@ fn load(pins: &Pins, config: &Config, set_retval: bool) -> Result<Ebpf, Error> {
     }
     loader.map_max_entries(map_name::FLOW_LIVE, config.flow_live);
     loader.map_max_entries(map_name::FLOW_BRIEF, config.flow_brief);
+    loader.map_max_entries(map_name::POD_SOCKET, config.pod_sockets());
+    for (name, entries) in policy::entries(&config.policy) {
+        loader.map_max_entries(name, entries);
+    }
     let mut ebpf = loader.load(OBJECT).map_err(|e| Error::Object(Box::new(e)))?;
     for (program, _, _) in attach::POD_PROGRAMS.into_iter().chain(attach::NETDEV_PROGRAMS) {
         let found = ebpf.program_mut(program).ok_or(Error::NoProgram { program })?;
@@ -428,6 +479,7 @@ impl Maps {
             devices: self.device.read()?.into_iter().collect(),
             local_pods: self.local_pod.read()?.into_iter().collect(),
             prefixes: self.prefix.read()?.into_iter().collect(),
+            cgroup_pods: self.cgroup_pod.read()?.into_iter().collect(),
         })
     }
 }
@@ -462,6 +514,8 @@ impl Dataplane for Bpf {
             Op::DeleteLocalPod(ip) => self.maps.local_pod.delete(ip).map(|_| ()),
             Op::SetPrefix(key, value) => self.maps.prefix.set(key, value),
             Op::DeletePrefix(key) => self.maps.prefix.delete(key).map(|_| ()),
+            Op::SetCgroupPod(id, entry) => self.maps.cgroup_pod.set(id, entry),
+            Op::DeleteCgroupPod(id) => self.maps.cgroup_pod.delete(id).map(|_| ()),
         }
     }
 
@@ -522,61 +576,4 @@ fn adopt_one(maps: &Maps, from: SocketAddr, to: SocketAddr, now: u64) -> Result<
     };
     maps.flow_live.set(&key, &entry)?;
     Ok(true)
-}
-
-/// Takes no new flows any more, and keeps those that are there: for another proxy to take over. Returns what was removed,
-/// and how many established flows are left; when they have ended, [`cleanup`] removes the rest.
-pub fn retire(pin_root: &Path) -> Result<(Vec<String>, usize), Error> {
-    let pins = Pins::new(pin_root);
-    let _lock = pins.lock()?;
-    let maps = pins.open()?;
-    let mut removed = Vec::new();
-    for pin in pins.list_links()?.into_iter().filter(|pin| matches!(pin, LinkPin::Cgroup(_))) {
-        pins.remove_link(&pin)?;
-        removed.push(format!("link {}", pins.link(&pin).display()));
-    }
-    let frontends = maps.frontend.read()?;
-    for (key, _) in &frontends {
-        maps.frontend.delete(key)?;
-    }
-    for (key, _) in maps.prefix.read()? {
-        maps.prefix.delete(&key)?;
-    }
-    removed.push(format!("{} frontends", frontends.len()));
-    // Only connections go on; what comes from a port whose connection has ended is the other proxy's.
-    for (key, entry) in maps.flow_brief.read()? {
-        let goes_on = (state::SYN_SENT..=state::FIN_RESPONDER).contains(&entry.state);
-        if key.proto != Proto::TCP || !goes_on {
-            maps.flow_brief.delete(&key)?;
-        }
-    }
-    let flows = maps.flow_live.read()?;
-    let left = flows.iter().filter(|(_, entry)| entry.flags & FlowEntry::KEY_ORIGINAL != 0 && entry.is_translated());
-    Ok((removed, left.count()))
-}
-
-/// Detaches everything and removes every pin: nothing of us stays in the kernel. Returns what was removed.
-pub fn cleanup(pin_root: &Path) -> Result<Vec<String>, Error> {
-    let pins = Pins::new(pin_root);
-    let mut removed = Vec::new();
-    if pin_root.exists() {
-        // Another version's are there when an agent was killed while it took them over.
-        for pins in std::iter::once(pins.clone()).chain(pins.others()?) {
-            for pin in pins.list_links()? {
-                match &pin {
-                    LinkPin::Tcx(_, ifindex) | LinkPin::Clsact(ifindex) => attach::detach(&pins, *ifindex)?,
-                    LinkPin::Cgroup(_) => pins.remove_link(&pin)?,
-                }
-                removed.push(format!("link {}", pins.link(&pin).display()));
-            }
-        }
-        for layout in pins::LAYOUTS {
-            let path = pins.maps().join(layout.name);
-            if path.exists() {
-                removed.push(format!("map {}", path.display()));
-            }
-        }
-        pins.remove()?;
-    }
-    Ok(removed)
 }

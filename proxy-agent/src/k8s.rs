@@ -29,12 +29,14 @@ mod folder;
 mod manifest;
 mod metrics;
 pub mod recorder;
+mod requests;
 mod transport;
 mod trouble;
 
 pub use address::{parse_cidr, parse_ip};
 pub use folder::{Manifests, read_policies};
 pub use metrics::{SourceMetrics, WatchMetrics};
+pub use requests::{RequestKind, Requests};
 pub use trouble::Trouble;
 
 /// Where a pod finds its ServiceAccount's `token` and `ca.crt`.
@@ -47,6 +49,16 @@ pub enum SourceConfig {
     Kube(KubeConfig),
     /// A folder of manifests.
     Dir(PathBuf),
+}
+
+/// From when on Pods are of interest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PodWatch {
+    /// When a NetworkPolicy has been seen.
+    #[default]
+    ForPolicies,
+    /// Always: their annotations matter.
+    Always,
 }
 
 /// How to reach and convince an API server.
@@ -274,12 +286,25 @@ impl SourceHandle {
 /// changes as they come. After a new listing `Listed` comes again; until then nothing of an interrupted one is deleted.
 /// Fails on what waiting cannot mend: flags, missing files, unverified TLS. An unreachable server is waited for.
 pub async fn spawn(config: SourceConfig, node_name: &str, tx: Sender<Event>) -> Result<SourceHandle, SourceError> {
+    spawn_with(config, node_name, PodWatch::default(), tx).await
+}
+
+/// As [`spawn`], with a word on Pods.
+///
+/// # Errors
+/// As [`spawn`].
+pub async fn spawn_with(
+    config: SourceConfig,
+    node_name: &str,
+    pods: PodWatch,
+    tx: Sender<Event>,
+) -> Result<SourceHandle, SourceError> {
     let metrics = Arc::new(SourceMetrics::default());
     let mut tasks = JoinSet::new();
     match config {
-        SourceConfig::Kube(config) => api::start(config, node_name, &tx, &metrics, &mut tasks).await?,
+        SourceConfig::Kube(config) => api::start(config, node_name, pods, &tx, &metrics, &mut tasks).await?,
         SourceConfig::Dir(path) => {
-            let source = dir::DirSource::open(Path::new(&path), node_name, tx)?;
+            let source = dir::DirSource::open(Path::new(&path), node_name, pods, tx)?;
             tasks.spawn(source.run());
         }
     }

@@ -15,6 +15,7 @@ pub mod ask;
 pub mod check;
 pub mod cli;
 pub mod dataplane;
+pub mod histogram;
 pub mod k8s;
 pub mod kubeproxy;
 pub mod node;

@@ -23,6 +23,7 @@
 //! setting.
 
 pub mod binding;
+pub mod cgroup;
 pub mod check;
 pub mod classify;
 pub mod cni;
@@ -33,6 +34,7 @@ pub mod path;
 mod report;
 pub mod socket_diag;
 mod view;
+pub mod way;
 pub mod wire;
 
 use std::collections::BTreeMap;

@@ -10,6 +10,7 @@
 pub mod clock;
 pub mod exposition;
 pub mod health;
+pub mod hits;
 pub mod listen;
 pub mod metrics;
 pub mod notice;

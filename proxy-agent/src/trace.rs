@@ -4,14 +4,14 @@
 //!   command ─▶ selection, expression ─▶ the kernel's filter (rough)
 //!                                              │
 //!   dataplane::probes: tracepoints ── sights ──┤
-//!                      our programs ─ decisions ┴▶ journey ─▶ (selection, expression: exact) ─▶ story
+//!                      our programs ─ decisions ┴▶ reader ─▶ journey ─▶ (selection, expression: exact) ─▶ story
 //!                                                                                             │
 //!       names: pinned maps, CNI's records        tree, line, record ◀── expect ◀──────────────┘
 //!       kernel: types, reasons, symbols            record ─▶ recorded ─▶ capture (pcapng), graph, difference
 //! ```
 //!
 //! Everything that is told of here is read: nothing is pinned, no setting is changed, and what becomes of a packet does
-//! not depend on whether somebody looks.
+//! not depend on whether somebody looks. One packet alone is sent, where `trace why --inject` asks for it.
 
 pub mod btf;
 pub mod capture;
@@ -33,13 +33,17 @@ pub mod names;
 pub mod output;
 pub mod packet;
 pub mod picture;
+pub mod reader;
 pub mod record;
 pub mod recorded;
+pub mod rules;
 pub mod selection;
+pub mod sockets;
 pub mod story;
 pub mod symbols;
 pub mod top;
 pub mod tree;
+pub mod why;
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
@@ -69,6 +73,9 @@ pub enum TraceError {
     /// The pinned maps.
     #[error(transparent)]
     Maps(#[from] crate::dataplane::Error),
+    /// Routes, neighbours or chains.
+    #[error(transparent)]
+    Netlink(#[from] crate::node::netlink::NetlinkError),
     /// A file.
     #[error("{path}")]
     File {
@@ -96,7 +103,7 @@ impl TraceError {
             Self::Selection(_) | Self::Expression(_) | Self::Usage(_) | Self::File { .. } | Self::Malformed { .. } => {
                 expect::Outcome::Usage
             }
-            Self::Types(_) | Self::Probes(_) | Self::Maps(_) => expect::Outcome::Unavailable,
+            Self::Types(_) | Self::Probes(_) | Self::Maps(_) | Self::Netlink(_) => expect::Outcome::Unavailable,
         }
     }
 }

@@ -18,7 +18,7 @@ pub mod flow;
 mod policy;
 mod status;
 
-pub use policy::{endpoints, lint, policies};
+pub use policy::{endpoints, lint, policies, unused};
 pub use status::status;
 
 /// How to show something.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proxy_agent::check;
-use proxy_agent::k8s::{self, KubeConfig, SourceConfig, SourceHandle, Timing};
+use proxy_agent::k8s::{self, KubeConfig, PodWatch, SourceConfig, SourceHandle, Timing};
 use proxy_agent::node::check::Finding;
 use proxy_core::event::{Event, Listing, Source};
 use proxy_core::netpol::reconcile::PolicyListing;
@@ -159,13 +159,17 @@ struct Agent {
     _folder: Option<TempDir>,
 }
 
-async fn spawn(config: SourceConfig, folder: Option<TempDir>) -> Agent {
+async fn spawn(config: SourceConfig, pods: PodWatch, folder: Option<TempDir>) -> Agent {
     let (tx, events) = channel(64);
-    let source = k8s::spawn(config, "n1", tx).await.unwrap();
+    let source = k8s::spawn_with(config, "n1", pods, tx).await.unwrap();
     Agent { events, _source: source, _folder: folder }
 }
 
 async fn of_server(server: &Server) -> Agent {
+    of_server_with(server, PodWatch::ForPolicies).await
+}
+
+async fn of_server_with(server: &Server, pods: PodWatch) -> Agent {
     let account = tempfile::tempdir().unwrap();
     fs::write(account.path().join("token"), "secret").unwrap();
     let config = KubeConfig {
@@ -174,7 +178,7 @@ async fn of_server(server: &Server) -> Agent {
         timing: TIMING,
         ..KubeConfig::default()
     };
-    spawn(SourceConfig::Kube(config), Some(account)).await
+    spawn(SourceConfig::Kube(config), pods, Some(account)).await
 }
 
 impl Agent {
@@ -286,6 +290,16 @@ async fn pods_and_namespaces_are_watched_once_there_is_a_policy() {
 }
 
 #[tokio::test]
+async fn pods_are_watched_without_a_policy_where_that_is_asked_for() {
+    let server = Server::start(&[("pods", pod("a", "10.0.0.1")), ("namespaces", namespace("shop"))]).await;
+    let mut agent = of_server_with(&server, PodWatch::Always).await;
+    agent.expect(&["listed policies ", "pod shop/a [10.0.0.1]", "listed pods shop/a"]).await;
+    server.until_asked(&["watch networkpolicies"]).await;
+    server.tell("networkpolicies", "ADDED", &deny());
+    agent.expect(&["policy shop/deny Ingress", "namespace shop 0", "listed namespaces shop"]).await;
+}
+
+#[tokio::test]
 async fn policies_of_the_first_listing_count_too() {
     let server = Server::start(&[("networkpolicies", deny())]).await;
     let mut agent = of_server(&server).await;
@@ -384,7 +398,7 @@ fn write(folder: &Path, name: &str, objects: &[Value]) {
 }
 
 async fn of_folder(folder: &Path) -> Agent {
-    spawn(SourceConfig::Dir(folder.to_owned()), None).await
+    spawn(SourceConfig::Dir(folder.to_owned()), PodWatch::ForPolicies, None).await
 }
 
 #[tokio::test]
@@ -409,6 +423,20 @@ async fn a_folder_tells_of_pods_once_there_is_a_policy() {
     agent.expect(&["gone namespace shop", "pod shop/a [10.0.0.2]"]).await;
     fs::remove_file(at.join("pods.json")).unwrap();
     agent.expect(&["gone pod shop/a"]).await;
+}
+
+#[tokio::test]
+async fn a_folder_tells_of_pods_without_a_policy_where_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    write(at, "pods.json", &[pod("a", "10.0.0.1"), namespace("shop")]);
+    let mut agent = spawn(SourceConfig::Dir(at.to_owned()), PodWatch::Always, None).await;
+    agent.expect(&["pod shop/a [10.0.0.1]", "listed policies ", "listed pods shop/a"]).await;
+    write(at, "pods.json", &[pod("a", "10.0.0.2"), namespace("shop")]);
+    agent.expect(&["pod shop/a [10.0.0.2]"]).await;
+    write(at, "policy.json", &[deny()]);
+    let there = ["policy shop/deny Ingress", "namespace shop 1", "listed namespaces shop", "listed pods shop/a"];
+    agent.expect(&there).await;
 }
 
 #[tokio::test]

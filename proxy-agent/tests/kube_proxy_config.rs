@@ -80,9 +80,13 @@ fn fields_that_are_honoured() {
         ),
         (
             "conntrack: {tcpEstablishedTimeout: 12h0m0s, tcpCloseWaitTimeout: 30m}",
-            "timeouts=Timeouts { established: 43200s, half_closed: 1800s }",
+            "timeouts=Timeouts { established: 43200s, half_closed: 1800s, udp: 30s, udp_stream: 120s }",
         ),
-        ("conntrack: {tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}", ""),
+        (
+            "conntrack: {udpTimeout: 10s, udpStreamTimeout: 5m}",
+            "timeouts=Timeouts { established: 86400s, half_closed: 3600s, udp: 10s, udp_stream: 300s }",
+        ),
+        ("conntrack: {tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s, udpTimeout: 0s, udpStreamTimeout: 0s}", ""),
         ("conntrack: {maxPerCore: 1, min: 500000}", "flows=Some(500000)"),
         ("conntrack: {maxPerCore: 0, min: 500000}", ""),
         ("conntrack: {maxPerCore: null, min: null}", ""),
@@ -114,7 +118,7 @@ fn fields_that_are_honoured() {
 
 #[test]
 fn fields_that_are_ignored_with_one_warning_each() {
-    let rows: [(&str, &[&str]); 26] = [
+    let rows: [(&str, &[&str]); 25] = [
         ("mode: iptables", &["mode"]),
         ("mode: ipvs", &["mode"]),
         ("bindAddress: 10.0.0.1", &["bindAddress"]),
@@ -130,7 +134,6 @@ fn fields_that_are_ignored_with_one_warning_each() {
         ("winkernel: {enableDSR: true, sourceVip: 10.0.0.1}", &["winkernel.sourceVip", "winkernel.enableDSR"]),
         ("winkernel: {enableDSR: false, sourceVip: \"\"}", &[]),
         ("windowsRunAsService: true", &["windowsRunAsService"]),
-        ("conntrack: {udpTimeout: 250s, udpStreamTimeout: 0s}", &["conntrack.udpTimeout"]),
         ("configSyncPeriod: 15m0s", &[]),
         ("configSyncPeriod: 1m0s", &["configSyncPeriod"]),
         ("portRange: 30000-32767", &["portRange"]),
@@ -262,7 +265,7 @@ fn flags_win_over_the_file() {
                 "--v=4",
                 "--kube-api-qps=9",
             ],
-            "metrics=Some(0.0.0.0:10249) qps=9.0 timeouts=Timeouts { established: 3600s, half_closed: 3600s } mode=Ipvs verbosity=4 node_port_addresses=[All] localhost_node_ports=false masquerade_all=true",
+            "metrics=Some(0.0.0.0:10249) qps=9.0 timeouts=Timeouts { established: 3600s, half_closed: 3600s, udp: 30s, udp_stream: 120s } mode=Ipvs verbosity=4 node_port_addresses=[All] localhost_node_ports=false masquerade_all=true",
         ),
         (
             &["--kubeconfig", "/k", "--bind-address", "::1", "--bind-address-hard-fail"],

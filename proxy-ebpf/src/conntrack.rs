@@ -31,10 +31,20 @@ pub enum Sender {
 pub const SECOND: u64 = 1_000_000_000;
 /// How often `last_seen` is written.
 pub const TOUCH: u64 = SECOND;
-/// A UDP flow without an answer that is idle for this long is forgotten (kernel: `nf_conntrack_udp_timeout`).
-pub const UDP_UNREPLIED: u64 = 30 * SECOND;
-/// A UDP flow with answers (kernel: `nf_conntrack_udp_timeout_stream`).
-pub const UDP_ASSURED: u64 = 120 * SECOND;
+
+/// How long a flow that is not TCP may be idle before its next packet begins another one, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UdpIdle {
+    /// Without an answer (kernel: `nf_conntrack_udp_timeout`; kube-proxy: `conntrack.udpTimeout`).
+    pub unreplied: u64,
+    /// With answers (kernel: `nf_conntrack_udp_timeout_stream`; kube-proxy: `conntrack.udpStreamTimeout`).
+    pub assured: u64,
+}
+
+impl UdpIdle {
+    /// The kernel's own.
+    pub const DEFAULT: Self = Self { unreplied: 30 * SECOND, assured: 120 * SECOND };
+}
 
 /// State of a flow whose first packet has these flags.
 #[inline(always)]
@@ -110,10 +120,10 @@ pub const fn is_over(state: u8) -> bool {
 
 /// Has a flow that is not TCP been idle for so long that its next packet begins another one?
 #[inline(always)]
-pub const fn is_idle(state: u8, idle: u64) -> bool {
+pub const fn is_idle(state: u8, idle: u64, most: UdpIdle) -> bool {
     match state {
-        state::UNREPLIED => idle > UDP_UNREPLIED,
-        state::ASSURED => idle > UDP_ASSURED,
+        state::UNREPLIED => idle > most.unreplied,
+        state::ASSURED => idle > most.assured,
         _ => false,
     }
 }
@@ -205,9 +215,16 @@ mod tests {
         assert_eq!(step(UNREPLIED, I, Proto::UDP, 0), UNREPLIED);
         assert_eq!(step(UNREPLIED, R, Proto::UDP, 0), ASSURED);
         assert_eq!(step(ASSURED, I, Proto::UDP, 0), ASSURED);
-        assert!(is_idle(UNREPLIED, UDP_UNREPLIED + 1) && !is_idle(UNREPLIED, UDP_UNREPLIED));
-        assert!(is_idle(ASSURED, UDP_ASSURED + 1) && !is_idle(ASSURED, UDP_ASSURED));
-        assert!(!is_idle(ESTABLISHED, u64::MAX));
+        let most = UdpIdle { unreplied: 10, assured: 20 };
+        for (state, idle, over) in [
+            (UNREPLIED, 10, false),
+            (UNREPLIED, 11, true),
+            (ASSURED, 20, false),
+            (ASSURED, 21, true),
+            (ESTABLISHED, u64::MAX, false),
+        ] {
+            assert_eq!(is_idle(state, idle, most), over, "{} after {idle}", state::name(state));
+        }
     }
 
     proptest! {

@@ -221,6 +221,26 @@ impl Family for V4 {
     }
 }
 
+/// Where the headers of a plain TCP segment end: no IPv4 options, no extension headers. `None` for everything else, and
+/// where the packet ends before it says so.
+#[inline(always)]
+pub fn segment_headers<F: Family, P: Packet + ?Sized>(packet: &P) -> Option<usize> {
+    let (protocol, l4) = if F::HEADER_CHECKSUM.is_some() {
+        // Version 4, five words.
+        if packet.byte(ETH_LEN)? != 0x45 {
+            return None;
+        }
+        (packet.byte(ETH_LEN + 9)?, ETH_LEN + 20)
+    } else {
+        (packet.byte(ETH_LEN + 6)?, V6_PAYLOAD)
+    };
+    if protocol != Proto::TCP.0 {
+        return None;
+    }
+    // Data offset, in words: the upper half of byte 12 (RFC 9293 §3.1).
+    Some(l4 + usize::from(packet.byte(l4 + 12)? >> 4) * 4)
+}
+
 /// Next header values of IPv6 that are headers themselves.
 mod next_header {
     pub(super) const HOP_BY_HOP: u8 = 0;

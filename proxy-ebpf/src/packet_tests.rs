@@ -196,3 +196,27 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn headers_of_a_segment_end_where_its_data_begins() {
+    let with_options: [u8; 32] = core::array::from_fn(|i| if i == 12 { 0x80 } else { 0 });
+    let table = [
+        ("IPv4", segment_headers::<V4, [u8]>(&v4(0, 0, 6, &TCP_SYN)), Some(54)),
+        ("IPv4, timestamps", segment_headers::<V4, [u8]>(&v4(0, 0, 6, &with_options)), Some(66)),
+        (
+            "IPv4, options that are not there yet",
+            segment_headers::<V4, [u8]>(&v4(0, 0, 6, &with_options[..20])),
+            Some(66),
+        ),
+        ("IPv4, cut before it says", segment_headers::<V4, [u8]>(&v4(0, 0, 6, &TCP_SYN[..12])), None),
+        ("IPv4, IP options", segment_headers::<V4, [u8]>(&v4(2, 0, 6, &TCP_SYN)), None),
+        ("IPv4, UDP", segment_headers::<V4, [u8]>(&v4(0, 0, 17, &UDP)), None),
+        ("IPv6", segment_headers::<V6, [u8]>(&v6(6, &TCP_SYN)), Some(74)),
+        ("IPv6, timestamps", segment_headers::<V6, [u8]>(&v6(6, &with_options)), Some(86)),
+        ("IPv6, behind an extension header", segment_headers::<V6, [u8]>(&v6(60, &[6, 0, 1, 4, 0, 0, 0, 0])), None),
+        ("nothing", segment_headers::<V6, [u8]>(&[]), None),
+    ];
+    for (name, got, expected) in table {
+        assert_eq!(got, expected, "{name}");
+    }
+}

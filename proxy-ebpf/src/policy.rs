@@ -30,6 +30,12 @@ pub trait Lookup {
     /// `policy_bits`.
     fn bits(&self, key: BitsKey) -> Option<&Bits>;
 
+    /// The block that stands beside another one; 0 = none. In the kernel a function of which the verifier forgets how it
+    /// came to its answer.
+    fn shadow(&self, block: u32) -> u32 {
+        self.block(block).map_or(0, |block| block.shadow)
+    }
+
     /// [`peer_cell`], which in the kernel is a function with a stack of its own.
     fn peer_cell(&self, ip: &IpBytes, side: u32) -> u32 {
         peer_cell(self, ip, side)
@@ -65,6 +71,8 @@ impl Question {
     pub const HAIRPIN: u8 = 2;
     /// The port is not known (a fragment whose first part was not seen): rules with ports do not match.
     pub const NO_PORT: u8 = 4;
+    /// Asked of a flow that the pod's own policies allow: would it be allowed if those that are only audited were enforced?
+    pub const SHADOW: u8 = 8;
 }
 
 /// Why a flow may pass or not.
@@ -149,7 +157,14 @@ fn judge_on<L: Lookup + ?Sized>(maps: &L, question: &Question, side: u32) -> Jud
     if word.block == 0 {
         return Judgement::of(false, Cause::Unready, word.revision);
     }
-    let Some(block) = maps.block(word.block) else {
+    let mut id = word.block;
+    if question.flags & Question::SHADOW != 0 {
+        id = maps.shadow(id);
+        if id == 0 {
+            return judgement;
+        }
+    }
+    let Some(block) = maps.block(id) else {
         return Judgement::of(false, Cause::Broken, word.revision);
     };
     if block.flags & BlockEntry::LOCKED != 0 {

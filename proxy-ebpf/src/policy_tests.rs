@@ -18,20 +18,9 @@ struct Maps {
     sets: std::vec::Vec<SetEntry>,
 }
 
-const NONE: SetEntry = SetEntry {
-    any_pod: Bits::ZERO,
-    any_address: Bits::ZERO,
-    any_port: Bits::ZERO,
-    accept: Bits::ZERO,
-    deny: Bits::ZERO,
-    digest: [0; 2],
-    next: 0,
-    reserved: 0,
-};
-
 /// A set with one rule for everybody, at this bit.
 fn rule(bit: usize, accept: bool, deny: bool) -> SetEntry {
-    let mut set = NONE;
+    let mut set = SetEntry::EMPTY;
     set.any_pod.set(bit);
     set.any_address.set(bit);
     set.any_port.set(bit);
@@ -101,7 +90,7 @@ fn ask(ingress: [u32; 3], sets: &[SetEntry], flags: u8) -> Judgement {
 #[test]
 fn tiers_are_judged_in_their_order() {
     let (accept, deny, pass) = (rule(65, true, false), rule(66, false, true), rule(67, false, false));
-    let sets = [NONE, accept, deny, pass, NONE];
+    let sets = [SetEntry::EMPTY, accept, deny, pass, SetEntry::EMPTY];
     let told = |tiers, flags| {
         let Judgement { allowed, cause, rule, .. } = ask(tiers, &sets, flags);
         (allowed, cause, rule)
@@ -126,12 +115,12 @@ fn tiers_are_judged_in_their_order() {
 
 #[test]
 fn sets_hang_together_and_end() {
-    let next = |next| SetEntry { next, ..NONE };
+    let next = |next| SetEntry { next, ..SetEntry::EMPTY };
     let cause = |sets: &[SetEntry]| ask([0, 1, 0], sets, 0).cause;
-    assert_eq!(cause(&[NONE, next(2), next(3), rule(0, true, false)]), Cause::Rule);
-    assert_eq!(cause(&[NONE, next(2), NONE]), Cause::Isolated);
-    assert_eq!(cause(&[NONE, next(1)]), Cause::Broken, "a ring");
-    assert_eq!(cause(&[NONE, next(9)]), Cause::Broken, "a set that is not there");
+    assert_eq!(cause(&[SetEntry::EMPTY, next(2), next(3), rule(0, true, false)]), Cause::Rule);
+    assert_eq!(cause(&[SetEntry::EMPTY, next(2), SetEntry::EMPTY]), Cause::Isolated);
+    assert_eq!(cause(&[SetEntry::EMPTY, next(1)]), Cause::Broken, "a ring");
+    assert_eq!(cause(&[SetEntry::EMPTY, next(9)]), Cause::Broken, "a set that is not there");
 }
 
 #[test]
@@ -155,4 +144,77 @@ fn a_flow_is_judged_again_when_the_policy_moves_meanwhile() {
     };
     assert_eq!(moving(&[4, 5, 5]), Cause::Open);
     assert_eq!(moving(&[4, 5, 5, 6]), Cause::Moving);
+}
+
+#[test]
+fn the_shadow_says_what_audited_policies_would() {
+    let sets = [SetEntry::EMPTY, rule(0, true, false), SetEntry::EMPTY, rule(5, true, false)];
+    let told = |own: [u32; 3], beside: [u32; 3], flags| {
+        let block = BlockEntry { ingress: own, shadow: if beside == [0; 3] { 0 } else { 3 }, ..BlockEntry::OPEN };
+        let shadow = BlockEntry { ingress: beside, ..BlockEntry::OPEN };
+        let maps =
+            Beside { maps: Maps { epochs: std::vec![4], asked: Cell::new(0), block, sets: sets.into() }, shadow };
+        let Judgement { allowed, cause, rule, .. } = judge(&maps, &question(flags));
+        (allowed, cause, rule)
+    };
+    let none = RuleRef::NONE;
+    let cases = [
+        // What is enforced knows nothing of the shadow.
+        ([0, 0, 0], [0, 2, 0], 0, (true, Cause::Open, none)),
+        ([0, 1, 0], [0, 2, 0], 0, (true, Cause::Rule, RuleRef::rule(1, 0))),
+        ([0, 0, 0], [0, 2, 0], Question::SHADOW, (false, Cause::Isolated, RuleRef::isolated(2))),
+        ([0, 2, 0], [0, 3, 0], Question::SHADOW, (true, Cause::Rule, RuleRef::rule(3, 5))),
+        // There is none.
+        ([0, 2, 0], [0, 0, 0], Question::SHADOW, (true, Cause::Open, none)),
+        ([0, 0, 0], [0, 2, 0], Question::SHADOW | Question::HAIRPIN, (true, Cause::Open, none)),
+        ([0, 0, 0], [0, 2, 0], Question::SHADOW | Question::FROM_NODE, (true, Cause::LocalNode, none)),
+    ];
+    for (own, beside, flags, expected) in cases {
+        assert_eq!(told(own, beside, flags), expected, "{own:?} {beside:?} {flags}");
+    }
+}
+
+/// The same maps, where slot 1's block 4 is as given and block 3 stands beside it.
+struct Beside {
+    maps: Maps,
+    shadow: BlockEntry,
+}
+
+impl Lookup for Beside {
+    fn epoch(&self) -> u32 {
+        self.maps.epoch()
+    }
+
+    fn slot(&self, index: u32) -> Option<SlotWord> {
+        let SlotWord { block, revision } = self.maps.slot(index)?;
+        Some(SlotWord { block: if block == 3 { 4 } else { block }, revision })
+    }
+
+    fn block(&self, block: u32) -> Option<&BlockEntry> {
+        match block {
+            4 => Some(&self.maps.block),
+            3 => Some(&self.shadow),
+            _ => None,
+        }
+    }
+
+    fn set(&self, set: u32) -> Option<&SetEntry> {
+        self.maps.set(set)
+    }
+
+    fn ip(&self, ip: &IpBytes) -> Option<CellWord> {
+        self.maps.ip(ip)
+    }
+
+    fn prefix(&self, ip: &IpBytes) -> Option<CellWord> {
+        self.maps.prefix(ip)
+    }
+
+    fn page(&self, index: u32) -> Option<&PortPage> {
+        self.maps.page(index)
+    }
+
+    fn bits(&self, key: BitsKey) -> Option<&Bits> {
+        self.maps.bits(key)
+    }
 }

@@ -21,9 +21,11 @@ use proxy_abi::{
     BackendEntry, DeviceEntry, FlowEntry, FlowKey, FrontendEntry, FrontendKey, Hook, IpBytes, LocalPodEntry, MacBytes,
     PortBe, Proto, Reason,
 };
-use proxy_agent::dataplane::pins::Maps;
+use proxy_agent::dataplane::pins::{Maps, Pins};
 use proxy_agent::dataplane::sysbpf::{self, TestRun};
-use proxy_agent::dataplane::{AttachMode, Bpf, Config, cleanup};
+use proxy_agent::dataplane::{AttachMode, Bpf, Config, SocketLb, cleanup};
+use proxy_core::netpol::engine::Limits;
+use proxy_ebpf::conntrack::UdpIdle;
 
 use crate::address::Family;
 use crate::command;
@@ -35,9 +37,10 @@ use crate::packet::named::{GATEWAY, Host, NODE_ONE, OUTSIDE, POD_ONE, POD_THREE,
 pub const PODS: [Host; 3] = [POD_ONE, POD_TWO, POD_THREE];
 
 /// Sizes of the flow tables that are large enough never to matter.
-pub const ROOMY: Tables = Tables { live: 65_536, brief: 65_536, quota: 0, node_open: false };
+pub const ROOMY: Tables =
+    Tables { live: 65_536, brief: 65_536, quota: 0, node_open: false, udp_idle: UdpIdle::DEFAULT, policy: None };
 
-/// Entries of the flow tables.
+/// Entries of the flow tables, and what else is decided at the start.
 #[derive(Clone, Copy, Debug)]
 pub struct Tables {
     /// `flow_live`.
@@ -48,6 +51,10 @@ pub struct Tables {
     pub quota: u32,
     /// A pod reaches its own node whatever its policies say.
     pub node_open: bool,
+    /// How long a flow that is not TCP may be idle.
+    pub udp_idle: UdpIdle,
+    /// Room in the maps of policy; `None` = as much as there always is.
+    pub policy: Option<Limits>,
 }
 
 /// Packets by hook and reason.
@@ -166,10 +173,13 @@ impl Bench {
             pin_root: root.clone(),
             attach: AttachMode::Auto,
             cgroup: None,
+            socket_lb: SocketLb::Node,
             flow_live: tables.live,
             flow_brief: tables.brief,
             pod_quota: tables.quota,
             node_open: tables.node_open,
+            udp_idle: tables.udp_idle,
+            policy: tables.policy.unwrap_or_default(),
         };
         // Also when opening fails half way, nothing stays.
         let bpf = Bpf::open(&config).inspect_err(|_| drop(cleanup(&root))).context("load the programs")?;
@@ -243,6 +253,11 @@ impl Bench {
     /// The dataplane, for its maps.
     pub const fn bpf(&self) -> &Bpf {
         &self.bpf
+    }
+
+    /// Where its maps are pinned.
+    pub fn pins(&self) -> Pins {
+        Pins::new(&self.root)
     }
 
     /// Interface of a pod of [`PODS`], or the uplink of `NODE_ONE`; 0 for anybody else, where no program would run.

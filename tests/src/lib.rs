@@ -21,6 +21,7 @@
 pub mod address;
 pub mod agent;
 pub mod bpf;
+pub mod cgroup;
 pub mod cluster;
 pub mod cni;
 pub mod command;
@@ -46,6 +47,7 @@ pub mod underlay;
 
 pub use address::{Family, Network};
 pub use agent::{Agent, AgentOptions};
+pub use cgroup::{Driver, PodCgroup};
 pub use cluster::{Cluster, ClusterSpec, Links, NodeSpec, PodSpec};
 pub use deadline::Deadline;
 pub use error::{Error, Result};

@@ -208,6 +208,11 @@ impl ServicePort {
     pub fn udp(name: &str, port: u16, target_port: u16) -> Self {
         Self { name: name.to_owned(), protocol: "UDP".to_owned(), port, target_port, node_port: None }
     }
+
+    /// An SCTP port.
+    pub fn sctp(name: &str, port: u16, target_port: u16) -> Self {
+        Self { name: name.to_owned(), protocol: "SCTP".to_owned(), port, target_port, node_port: None }
+    }
 }
 
 impl Endpoint {

@@ -12,6 +12,7 @@ pub mod checksum;
 pub mod named;
 pub mod neighbour;
 pub mod parse;
+pub mod sctp;
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -20,6 +21,7 @@ pub use checksum::{ChecksumError, Checksums, L4Sum, verify_checksums};
 use checksum::{Sum, fold, pseudo_header};
 pub use named::Host;
 pub use parse::ParseError;
+pub use sctp::Sctp;
 
 /// EtherTypes.
 pub mod ether_type {

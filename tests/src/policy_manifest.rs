@@ -11,6 +11,8 @@ use crate::pod::Pod;
 pub struct PodObject {
     /// Labels.
     pub labels: Vec<(String, String)>,
+    /// Annotations.
+    pub annotations: Vec<(String, String)>,
     /// Named ports: name, number, protocol.
     pub ports: Vec<(String, u16, String)>,
     /// Does `status` have its addresses?
@@ -33,6 +35,7 @@ impl PodObject {
     pub fn of(pod: &Pod) -> Self {
         Self {
             labels: pod.labels().to_vec(),
+            annotations: Vec::new(),
             ports: Vec::new(),
             addressed: true,
             pod: Identity {
@@ -50,6 +53,13 @@ impl PodObject {
     pub fn label(mut self, name: &str, value: &str) -> Self {
         self.labels.retain(|(other, _)| other != name);
         self.labels.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Adds an annotation.
+    #[must_use]
+    pub fn annotation(mut self, name: &str, value: &str) -> Self {
+        self.annotations.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -81,7 +91,10 @@ impl Object for PodObject {
         json!({
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": { "namespace": namespace, "name": name, "uid": uid, "labels": map(&self.labels) },
+            "metadata": {
+                "namespace": namespace, "name": name, "uid": uid, "labels": map(&self.labels),
+                "annotations": map(&self.annotations),
+            },
             "spec": { "nodeName": node, "containers": [{ "name": "main", "ports": ports }] },
             "status": status,
         })

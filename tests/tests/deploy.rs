@@ -92,7 +92,7 @@ fn arguments_are_those_of_the_command_line() {
     let parsed = Cli::try_parse_from(["proxy-agent"].iter().chain(&args));
     assert!(parsed.is_ok(), "{args:?}: {:?}", parsed.err());
     assert!(Cli::try_parse_from(["proxy-agent", "run", "--no-such-flag"]).is_err(), "other flags are refused");
-    assert_eq!(args, ["run", "--source=kube"]);
+    assert_eq!(args, ["run", "--source=kube", "--bridge-guard"]);
 
     let command = run_command();
     let known: BTreeSet<_> = command.get_arguments().filter_map(|argument| argument.get_env()?.to_str()).collect();

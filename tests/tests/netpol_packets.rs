@@ -13,6 +13,11 @@ use proxy_tests::bpf::{Bench, ROOMY, Tables, redirected, verdict};
 use proxy_tests::packet::named::{GATEWAY, Host, NODE_ONE, OUTSIDE, POD_ONE, POD_THREE, POD_TWO, VIP_ONE, VIP_TWO};
 use proxy_tests::packet::{Frame, Icmp, L4, tcp_flag};
 
+#[path = "netpol_packets/full.rs"]
+mod full;
+#[path = "netpol_packets/hits.rs"]
+mod hits;
+
 const SYN: u8 = tcp_flag::SYN;
 const ACK: u8 = tcp_flag::ACK;
 const SYN_ACK: u8 = SYN | ACK;
@@ -55,6 +60,7 @@ fn policy(on: &str, ingress: Option<&[(&str, u16)]>, egress: Option<&[(&str, u16
     let types = [ingress.map(|_| "Ingress".into()), egress.map(|_| "Egress".into())];
     Change::Policy(PolicySpec {
         name: ObjectName::new("default", format!("for-{on}")),
+        audit: None,
         pod_selector: Some(app(on)),
         policy_types: Some(types.into_iter().flatten().collect()),
         ingress: ingress.map(rules),

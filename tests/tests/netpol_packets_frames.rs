@@ -167,6 +167,7 @@ fn frames() -> Vec<(String, Vec<u8>, Option<Reason>)> {
 fn start(bench: &Bench) -> Result<Policed<'_>> {
     let allowing = Change::Policy(PolicySpec {
         name: ObjectName::new("default", "everything"),
+        audit: None,
         pod_selector: Some(SelectorSpec::default()),
         policy_types: Some(vec!["Ingress".into(), "Egress".into()]),
         ingress: Some(vec![RuleSpec::default()]),
@@ -180,12 +181,14 @@ fn start(bench: &Bench) -> Result<Policed<'_>> {
 fn a_pod_speaks_for_itself_alone() -> Result<()> {
     Bench::run(ROOMY, |bench| {
         let policed = start(bench)?;
-        for enforced in [true, false] {
-            if enforced {
+        for (slot, audited) in [(true, false), (false, false), (true, true)] {
+            let enforced = slot && !audited;
+            if slot {
                 policed.place_pod(&POD_ONE, "one")?;
             } else {
                 policed.place(&POD_ONE, 0)?;
             }
+            policed.audit(&POD_ONE, audited)?;
             for (name, frame, reason) in frames() {
                 bench.forget_flows()?;
                 let got = policed.feed(Hook::FromPod, &POD_ONE, &frame)?;

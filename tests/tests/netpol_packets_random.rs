@@ -13,7 +13,7 @@ use proxy_abi::{DeviceEntry, FlowKey, Hook, IpBytes, MacBytes, PortBe, Proto, Tu
 use proxy_core::netpol::engine::Limits;
 use proxy_core::netpol::explain;
 use proxy_core::netpol::spec::Pod;
-use proxy_oracle::dice::{Dice, NODE};
+use proxy_oracle::dice::{Dice, NODE, number};
 use proxy_oracle::verdict::{Cluster, Oracle, Side, Verdict};
 use proxy_tests::bpf::policed::Policed;
 use proxy_tests::bpf::{Bench, ROOMY, verdict};
@@ -24,10 +24,6 @@ use proxy_tests::packet::{Fragment, Frame, Icmp, L4, Tcp, Udp, proto, tcp_flag};
 const EDITS: usize = 20;
 /// Clusters for each bench, whose flow tables are forgotten then.
 const PER_BENCH: u64 = 100;
-
-fn number(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.replace('_', "").parse().ok()).unwrap_or(otherwise)
-}
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Reached {
@@ -40,6 +36,8 @@ struct Reached {
     denied: u64,
     /// Stamps whose rule was compared.
     named: u64,
+    /// Judgements that audited policies would have refused.
+    audited: u64,
 }
 
 /// A packet of one side of a flow; none where no packet of ours could be that side's.
@@ -182,6 +180,7 @@ fn cluster(bench: &Bench, seed: u64, reached: &mut Reached) -> Result<()> {
                     // Without ports, what goes one way answers what came the other way.
                     forget(bench, &frame, side.proto)?;
                 }
+                let before = audited(bench, subject.slot)?;
                 let run = bench.run_from(hook, &POD_ONE, ingress, &bytes)?;
                 let got = match run.verdict.cast_signed() {
                     verdict::PASS => true,
@@ -193,6 +192,11 @@ fn cluster(bench: &Bench, seed: u64, reached: &mut Reached) -> Result<()> {
                     let counts = bench.feed_from(hook, &POD_ONE, ingress, &bytes)?.counts;
                     bail!("edit {edit}: {} {side:?}: programs {got}, {counts:?}, oracle {wanted:?}", pod.name);
                 }
+                // What audited policies would refuse is told once for a flow: maybe not of this packet, never of another.
+                let told = audited(bench, subject.slot)? - before;
+                let refused = got && oracle.shadow(pod, &side).is_some_and(|shadow| !shadow.allowed);
+                ensure!(told <= u64::from(refused), "edit {edit}: {} {side:?}: audited {told}", pod.name);
+                reached.audited += told;
                 reached.packets += 1;
                 allowed += u64::from(got && !wanted.rules.is_empty());
                 denied += u64::from(!got);
@@ -215,6 +219,12 @@ fn cluster(bench: &Bench, seed: u64, reached: &mut Reached) -> Result<()> {
         if allowed > 0 && denied > 0 { reached.cases += 1 } else { reached.void += 1 }
     }
     Ok(())
+}
+
+/// Judgements of a pod that audited policies would have refused.
+fn audited(bench: &Bench, slot: u16) -> Result<u64> {
+    let row = bench.bpf().maps().policy.pod_hits.get(&slot.into())?.context("a row")?;
+    Ok(row.audited.iter().sum())
 }
 
 #[test]
@@ -242,8 +252,10 @@ fn the_programs_do_what_the_oracle_says() -> Result<()> {
         reached.allowed += benched.allowed;
         reached.denied += benched.denied;
         reached.named += benched.named;
+        reached.audited += benched.audited;
     }
     println!("{reached:?} in {:.1?}", start.elapsed());
     ensure!(reached.allowed > cases && reached.denied > cases && reached.named > cases, "{reached:?}");
+    ensure!(reached.audited > cases / 4, "{reached:?}");
     Ok(())
 }

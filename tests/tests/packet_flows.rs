@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_abi::flow::state;
-use proxy_abi::{DeviceEntry, FlowEntry, Hook, Proto, Reason};
+use proxy_abi::{DeviceEntry, FlowEntry, Hook, Proto, Reason, Tuple};
+use proxy_ebpf::conntrack::UdpIdle;
 use proxy_ebpf::packet::{V4, V6, parse};
 use proxy_tests::bpf::talk::{TALKS, Talk, changed, converse, passes, reset_of};
 use proxy_tests::bpf::{Bench, End, Entry, ROOMY, Tables, frontend, redirected, verdict};
@@ -319,6 +320,82 @@ fn an_evicted_entry_comes_back_over_a_stray() -> Result<()> {
         }
         Ok(())
     })?
+}
+
+/// The entry for replies was evicted, and another flow has taken its key: the request that comes once more takes another
+/// port, and the other flow keeps its own.
+#[test]
+fn a_flow_whose_port_another_one_has_takes_another_port() -> Result<()> {
+    Bench::run(ROOMY, |bench| {
+        for talk in TALKS {
+            bench.set_service(&VIP_ONE, PORT, talk.proto, &[(POD_TWO, TARGET)])?;
+            let open = talk.frame((&POD_ONE, CLIENT), (&VIP_ONE, PORT), SYN);
+            sends(bench, Hook::FromPod, &POD_ONE, &open)?;
+            let maps = bench.bpf().maps();
+            let mut others = None;
+            for (key, entry, raw) in bench.flows()? {
+                let aged = FlowEntry { last_seen: raw.last_seen.saturating_sub(2_000_000_000), ..raw };
+                if entry.flags & FlowEntry::KEY_TRANSLATED == 0 {
+                    maps.flow_brief.set(&key, &aged)?;
+                } else {
+                    let original = Tuple { dst: VIP_TWO.ip(talk.family).into(), ..raw.original };
+                    let other = FlowEntry { original, ..raw };
+                    maps.flow_brief.set(&key, &other)?;
+                    others = Some((key, other));
+                }
+            }
+            let (key, other) = others.context("the entry for replies")?;
+            let (from, to) = sends(bench, Hook::FromPod, &POD_ONE, &open)?;
+            assert_eq!((from.0, to), (talk.end(&POD_ONE, 0).0, talk.end(&POD_TWO, TARGET)), "{talk:?}");
+            assert_ne!(from.1, CLIENT, "{talk:?}");
+            let expected = (talk.end(&VIP_ONE, PORT), talk.end(&POD_ONE, CLIENT));
+            assert_eq!(answers(bench, talk, from.1, SYN_ACK)?, expected, "{talk:?}");
+            assert_eq!(maps.flow_brief.get(&key)?, Some(other), "{talk:?}");
+            bench.forget_flows()?;
+        }
+        Ok(())
+    })?
+}
+
+/// The times that a UDP flow may be idle are those of the configuration.
+#[test]
+fn a_flow_that_was_idle_for_too_long_begins_anew() -> Result<()> {
+    const SECOND: u64 = 1_000_000_000;
+    let configured = UdpIdle { unreplied: 10 * SECOND, assured: 60 * SECOND };
+    // Settings, answered before, idle for so many seconds, begins anew.
+    let rows = [
+        (UdpIdle::DEFAULT, false, 29, false),
+        (UdpIdle::DEFAULT, false, 31, true),
+        (UdpIdle::DEFAULT, true, 119, false),
+        (UdpIdle::DEFAULT, true, 121, true),
+        (configured, false, 9, false),
+        (configured, false, 11, true),
+        (configured, true, 59, false),
+        (configured, true, 61, true),
+    ];
+    for (udp_idle, answered, seconds, anew) in rows {
+        Bench::run(Tables { udp_idle, ..ROOMY }, |bench| {
+            for talk in TALKS.into_iter().filter(|talk| !talk.is_tcp()) {
+                bench.set_service(&VIP_ONE, PORT, talk.proto, &[(POD_TWO, TARGET)])?;
+                let first = talk.frame((&POD_ONE, CLIENT), (&VIP_ONE, PORT), 0).build();
+                bench.feed(Hook::FromPod, &POD_ONE, &first)?;
+                if answered {
+                    answers(bench, talk, CLIENT, 0)?;
+                }
+                for (key, _, raw) in bench.flows()? {
+                    let aged = FlowEntry { last_seen: raw.last_seen.saturating_sub(seconds * SECOND), ..raw };
+                    bench.maps().flow_brief.set(&key, &aged)?;
+                }
+                let outcome = bench.feed(Hook::FromPod, &POD_ONE, &first)?;
+                let reason = if anew { Reason::ServiceNew } else { Reason::Service };
+                let expected = [((Hook::FromPod, reason), 1)].into();
+                assert_eq!(outcome.counts, expected, "{talk:?} {udp_idle:?}, answered {answered}, {seconds} s");
+                bench.forget_flows()?;
+            }
+            Ok::<_, anyhow::Error>(())
+        })??;
+    }
+    Ok(())
 }
 
 #[test]

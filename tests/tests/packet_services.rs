@@ -12,7 +12,7 @@ use proxy_tests::Family;
 use proxy_tests::bpf::talk::{Step, TALKS, Talk, changed, converse, drops, passes, reset_of};
 use proxy_tests::bpf::{Bench, ROOMY, frontend, redirected, verdict};
 use proxy_tests::packet::named::{GATEWAY, Host, NODE_ONE, OUTSIDE, POD_ONE, POD_REMOTE, POD_TWO, VIP_ONE, VIP_TWO};
-use proxy_tests::packet::{Frame, Icmp, L4, tcp_flag, verify_checksums};
+use proxy_tests::packet::{Frame, Icmp, L4, Sctp, tcp_flag, verify_checksums};
 
 const SYN: u8 = tcp_flag::SYN;
 const ACK: u8 = tcp_flag::ACK;
@@ -602,24 +602,10 @@ fn errors_are_translated_both_ways() -> Result<()> {
     })?
 }
 
-/// CRC32c, RFC 9260 appendix A.
-fn crc32c(bytes: &[u8]) -> u32 {
-    let step = |crc: u32, byte: &u8| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0x82f6_3b78 & 0_u32.wrapping_sub(crc & 1)))
-    };
-    !bytes.iter().fold(u32::MAX, step)
-}
-
 /// An SCTP packet with one chunk; `sum`: with its checksum, or with none, as a device would add it.
 fn sctp(from: (&Host, u16), to: (&Host, u16), family: Family, chunk: &[u8], sum: bool) -> Frame {
-    let mut bytes = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
-    bytes.extend([0, 0, 0, 7, 0, 0, 0, 0]);
-    bytes.extend(chunk);
-    if sum {
-        let checksum = crc32c(&bytes).to_le_bytes();
-        bytes[8..12].copy_from_slice(&checksum);
-    }
-    from.0.send(to.0, family, L4::Other { proto: Proto::SCTP.0, bytes })
+    let packet = Sctp { src: from.1, dst: to.1, tag: 7, checksum: sum, chunk: chunk.to_vec() };
+    from.0.send(to.0, family, packet.into())
 }
 
 #[test]

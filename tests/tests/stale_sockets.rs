@@ -22,13 +22,18 @@ fn connected(netns: &Netns, target: SocketAddr) -> UdpSocket {
     socket
 }
 
-/// One datagram and who answered it. An answer to an earlier one may still lie in the socket.
+/// One datagram and who answered it.
 fn ask(socket: &UdpSocket) -> io::Result<String> {
+    ask_by(socket, |request| socket.send(request))
+}
+
+/// The same, sent in this way. An answer to an earlier one may still lie in the socket.
+fn ask_by(socket: &UdpSocket, send: impl FnOnce(&[u8]) -> io::Result<usize>) -> io::Result<String> {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let mut request = [0; 64];
     request[..8].copy_from_slice(&NUMBER.fetch_add(1, Ordering::Relaxed).to_ne_bytes());
     let mut answer = [0; 2048];
-    socket.send(&request)?;
+    send(&request)?;
     loop {
         let length = socket.recv(&mut answer)?;
         let (reply, _, _) = UdpReply::read(&answer[..length]).expect("a reply");
@@ -86,4 +91,30 @@ fn a_connected_socket_is_ended_with_its_backend() {
     }
     let log = scenario.agent(0).log_text();
     assert!(log.contains("connected over UDP to backends that are gone"), "{log}");
+}
+
+/// Such a socket hears nobody but the backend that `connect` chose.
+#[test]
+fn a_connected_socket_that_names_its_service_again_stays_on_its_backend() {
+    let spec = ClusterSpec::default().node(NodeSpec::new("node1").pods(["b", "c"]));
+    let mut scenario = Scenario::build(&spec).expect("scenario");
+    for pod in ["b", "c"] {
+        scenario.serve_pod(pod).expect("servers");
+    }
+    scenario.publish("both", 31, &["b", "c"]).expect("published");
+    scenario.start_agents(&[]).expect("agents");
+    let node = scenario.netns("node1").expect("namespace");
+    for family in Family::BOTH {
+        let service = SocketAddr::new(vip(family, 31), SERVICE_PORT);
+        Deadline::secs(10).until("it serves", || ask(&connected(&node, service)).is_ok()).expect("it does");
+        let asked: Vec<_> = (0..20)
+            .map(|_| {
+                let socket = connected(&node, service);
+                let first = ask(&socket).expect("an answer");
+                let again = ask_by(&socket, |request| socket.send_to(request, service)).expect("an answer again");
+                (first, again)
+            })
+            .collect();
+        assert!(asked.iter().all(|(first, again)| first == again), "{asked:?}");
+    }
 }

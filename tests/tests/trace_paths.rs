@@ -1,4 +1,4 @@
-//! The five kinds of ways through a node, traced: every step in its order, with br_netfilter and without, in both families.
+//! The six kinds of ways through a node, traced: every step in its order, with br_netfilter and without, in both families.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -39,7 +39,7 @@ fn netns(scenario: &Scenario, name: &str) -> Netns {
     scenario.netns(name).expect("a namespace")
 }
 
-fn flows() -> [Flow; 5] {
+fn flows() -> [Flow; 6] {
     [
         Flow {
             name: "F1 pod to pod",
@@ -213,6 +213,38 @@ fn flows() -> [Flow; 5] {
                 bridged: true,
             },
         },
+        Flow {
+            name: "F6 the node to a Service, translated at its socket",
+            select: |_, _| words(&["node", "to", "svc:default/to-b"]),
+            from: |scenario| scenario.node(0).netns().clone(),
+            to: |_, family| SocketAddr::new(matrix::vip_of("b", family).expect("a Service"), SERVICE_PORT),
+            request: Path {
+                steps: &[
+                    "connect node socket pass",
+                    "queue cni0 local-out",
+                    "transmit cni0 queue",
+                    "to_pod veth-b direct_new pass",
+                    "queue veth-b bridge-out",
+                    "transmit veth-b queue",
+                    "receive b:eth0 wire",
+                ],
+                ending: "delivered",
+                hooks: [&["OUT", "POST"], &["OUT", "POST"]],
+                bridged: false,
+            },
+            reply: Path {
+                steps: &[
+                    "queue b:eth0 begin",
+                    "transmit b:eth0 queue",
+                    "receive veth-b wire",
+                    "from_pod veth-b direct pass",
+                    "receive cni0 up-call",
+                ],
+                ending: "delivered",
+                hooks: [&["PRE", "IN"], &["PRE by br_netfilter", "IN"]],
+                bridged: true,
+            },
+        },
     ]
 }
 
@@ -276,7 +308,7 @@ fn hooks(packet: &TracedPacket) -> Vec<String> {
 }
 
 #[test]
-fn five_ways_are_seen_step_by_step() {
+fn ways_are_seen_step_by_step() {
     let scenario = build();
     let veth = |pod: &str| scenario.cluster().pod(pod).expect("a pod").host_veth().name.clone();
     let (a, b) = (veth("a"), veth("b"));

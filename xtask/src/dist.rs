@@ -1,4 +1,4 @@
-//! `cargo xtask dist`: what is shipped: one static program, the manifests, the image.
+//! `cargo xtask dist`: what is shipped: one static program, the manifests, the image, in which it has `nft` beside it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,14 +18,15 @@ const PT_INTERP: u32 = 3;
 /// What to make.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Only the static program: what the Dockerfile asks for.
+    /// Only the program and the image's root (`dist/root`): what the Dockerfile asks for.
     #[arg(long)]
-    binary_only: bool,
+    root_only: bool,
 }
 
 /// The command itself.
 pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
-    setup::ensure(workspace, Purpose::Build)?;
+    // Of what nodes are made with, nft is shipped.
+    setup::ensure(workspace, Purpose::Node)?;
     let program = build(workspace)?;
     if !is_static(&fs::read(&program)?) {
         bail!("{} asks for a dynamic loader: the image has none", program.display());
@@ -35,13 +36,17 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     let shipped = directory.join("proxy-agent");
     fs::copy(&program, &shipped)?;
     println!("program: {}, {} KiB, static", shipped.display(), shipped.metadata()?.len() / 1024);
-    if arguments.binary_only {
+    let files = image::files(&shipped)?;
+    let root = directory.join("root");
+    image::unpack(&files, &root)?;
+    println!("root of the image: {}, {} files", root.display(), files.len());
+    if arguments.root_only {
         return Ok(());
     }
     manifests(workspace)?;
     let archive = directory.join("proxy-agent-image.tar");
     let tag = concat!("docker.io/library/proxy-agent:", env!("CARGO_PKG_VERSION"));
-    image::write(&shipped, &[tag, "docker.io/library/proxy-agent:latest"], &archive)?;
+    image::write(&files, &[tag, "docker.io/library/proxy-agent:latest"], &archive)?;
     println!(
         "image: {}, {} KiB; `docker load -i` or `ctr -n k8s.io images import`",
         archive.display(),

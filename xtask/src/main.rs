@@ -5,6 +5,7 @@
 //!   check   rustfmt, tidy, clippy, docs, deny       bench   ratios against plain bridging and kube-proxy
 //!   test    every test, with one line at the end    dist    static binary, manifests, image
 //!   tidy    the repository's own rules                    trace   packets on their way, on this host or a simulated node
+//!   vm      one command on another kernel, in qemu
 //! ```
 //!
 //! `check`, `test`, `demo`, `bench`, `dist` and `trace` call `setup` first.
@@ -21,6 +22,7 @@ mod setup;
 mod test;
 mod tidy;
 mod trace;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -55,6 +57,8 @@ enum Habit {
     Dist(dist::Arguments),
     /// Follows packets: `proxy-agent trace` on this host, or on a simulated node.
     Trace(trace::Arguments),
+    /// Runs one command on another kernel, in qemu, with this machine's files.
+    Vm(vm::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +77,11 @@ fn main() -> ExitCode {
         Habit::Bench(arguments) => bench::run(&workspace, &arguments),
         Habit::Dist(arguments) => dist::run(&workspace, &arguments),
         Habit::Trace(arguments) => trace::run(&workspace, &arguments),
+        // The exit code is the command's.
+        Habit::Vm(arguments) => match vm::run(&arguments) {
+            Ok(code) => return ExitCode::from(code),
+            failed => failed.map(|_| ()),
+        },
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,6 +6,7 @@
 //! | sources of `core` | the BPF target is tier 3: its `core` is built with the programs | rustup's `rust-src`, else apt |
 //! | bpf-linker | makes the eBPF object | `cargo install`, with LLVM from apt |
 //! | network tools | tests make nodes of namespaces, bridges, rules | apt |
+//! | qemu, busybox, kmod | `vm`, which asks for them by itself | apt |
 //! | kube-apiserver, etcd, kube-proxy | tests against the real ones | `KUBEBUILDER_ASSETS`, else Go |
 //!
 //! Every step looks first, so a second run does nothing and says so.
@@ -74,6 +75,17 @@ pub(crate) fn ensure(workspace: &Workspace, purpose: Purpose) -> Result<()> {
     report.finish()
 }
 
+/// For `vm`: what machines with other kernels are made with. They run what has been built, so no compiler is asked for.
+pub(crate) fn ensure_machine() -> Result<()> {
+    let mut report = Report::default();
+    report.add(tools::MACHINE.provide(Apt::find(Privilege::detect()).as_ref()));
+    if report.changed() || report.missing() > 0 {
+        print!("{report}");
+        report.finish()?;
+    }
+    Ok(())
+}
+
 /// Everything but the Kubernetes programs and the optional tools.
 fn base(workspace: &Workspace, privilege: Privilege, purpose: Purpose) -> Report {
     let apt = Apt::find(privilege);
@@ -82,7 +94,7 @@ fn base(workspace: &Workspace, privilege: Privilege, purpose: Purpose) -> Report
     report.add(compiler::provide(workspace, apt.as_ref()));
     report.add(linker::provide(workspace, apt.as_ref()));
     if purpose == Purpose::Node {
-        report.add(tools::provide(apt.as_ref()));
+        report.add(tools::NODE.provide(apt.as_ref()));
     }
     report
 }

@@ -16,6 +16,11 @@ pub(crate) const RUST_VERSION: &str = env!("CARGO_PKG_RUST_VERSION");
 /// called from here instead of from a shell.
 const OURS: [&str; 5] = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_", "CARGO_PRIMARY_"];
 
+/// Is it one of these?
+pub(crate) fn is_of_cargo(variable: &str) -> bool {
+    OURS.iter().any(|prefix| variable.starts_with(prefix))
+}
+
 /// The repository's root.
 #[derive(Clone, Debug)]
 pub(crate) struct Workspace {
@@ -44,7 +49,7 @@ impl Workspace {
         let mut command = Command::new(program);
         command.current_dir(&self.root);
         for (name, _) in env::vars_os() {
-            if OURS.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
+            if is_of_cargo(&name.to_string_lossy()) {
                 command.env_remove(name);
             }
         }

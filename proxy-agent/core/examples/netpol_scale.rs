@@ -132,6 +132,7 @@ fn pod(ns: u32, n: u32, app: u32) -> Pod {
         host_network: false,
         finished: false,
         deleting: false,
+        socket_lb: true,
         created: 1,
         ips: vec![
             IpAddr::V4(Ipv4Addr::from_bits(0x0a00_0000 + index)),
@@ -165,6 +166,7 @@ fn policy(ns: u32, n: u32, variant: u32) -> PolicySpec {
     });
     PolicySpec {
         name: ObjectName::new(format!("ns-{ns}"), format!("policy-{n}")),
+        audit: None,
         pod_selector: None,
         policy_types: Some(vec!["Ingress".into()]),
         ingress: Some(vec![RuleSpec { peers: Some(peers), ports: Some(ports.into()) }]),

@@ -71,6 +71,8 @@ pub struct Capacity {
     pub local_pods: u32,
     /// Address ranges.
     pub prefixes: u32,
+    /// Pods whose sockets are translated.
+    pub cgroup_pods: u32,
 }
 
 /// What a compilation changed beside the tables.
@@ -92,6 +94,7 @@ impl Default for Capacity {
             devices: capacity::DEVICE,
             local_pods: capacity::LOCAL_POD,
             prefixes: capacity::PREFIX,
+            cgroup_pods: capacity::CGROUP_POD,
         }
     }
 }
@@ -183,6 +186,9 @@ impl Compiler {
         }
         if dirty.addresses {
             self.compile_marks(state, tables);
+        }
+        if dirty.cgroup_pods {
+            self.compile_cgroup_pods(state, tables);
         }
         let findings = self.compile_links(state, &dirty.links, tables);
         let mut changed = Compiled { findings, facts: false };

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use proxy_abi::MacBytes;
+use proxy_abi::{CgroupPodEntry, MacBytes};
 
 use crate::diagnostic::Diagnostic;
 use crate::name::ObjectName;
@@ -79,6 +79,9 @@ pub enum Event {
     NetworkPolicyListed(PolicyListing),
     /// Whether policies are in force, and for which pods.
     Enforcement(Enforcement),
+    /// Exactly these pods' sockets are translated, by the ids of their cgroups. As long as this has not come nobody knows
+    /// which: what the maps hold of it stays.
+    CgroupPods(BTreeMap<u64, CgroupPodEntry>),
 }
 
 /// Whether policies are in force on this node. Comes from the reconciler of policies.
@@ -90,6 +93,8 @@ pub enum Enforcement {
     /// There are some, and the maps hold them for these pods: UID → slot. The interface of any other pod, and one whose
     /// pod is not known, is held.
     On(BTreeMap<Arc<str>, u16>),
+    /// There are some, and all of them are only audited: these pods are judged, and nothing is refused to anybody.
+    Audited(BTreeMap<Arc<str>, u16>),
 }
 
 /// What a full listing named: everything of that source that is not in it is gone.

@@ -205,7 +205,8 @@ impl FakeDataplane {
                     "another frontend points to the one for traffic from outside",
                 )])
             }
-            Op::DeleteLocalPod(_) => None,
+            Op::SetCgroupPod(id, _) => first_broken([(*id != 0, "cgroup 0")]),
+            Op::DeleteLocalPod(_) | Op::DeleteCgroupPod(_) => None,
         }
     }
 
@@ -290,6 +291,9 @@ impl FakeDataplane {
                 full(tables.local_pods.contains_key(ip), tables.local_pods.len(), capacity.local_pods)
             }
             Op::SetPrefix(key, _) => full(tables.prefixes.contains_key(key), tables.prefixes.len(), capacity.prefixes),
+            Op::SetCgroupPod(id, _) => {
+                full(tables.cgroup_pods.contains_key(id), tables.cgroup_pods.len(), capacity.cgroup_pods)
+            }
             // Arrays have every index from the start.
             Op::SetBackend(..)
             | Op::SetSlot(..)
@@ -299,7 +303,8 @@ impl FakeDataplane {
             | Op::DeleteFrontend(_)
             | Op::DeleteDevice(_)
             | Op::DeleteLocalPod(_)
-            | Op::DeletePrefix(_) => false,
+            | Op::DeletePrefix(_)
+            | Op::DeleteCgroupPod(_) => false,
         }
     }
 
@@ -332,11 +337,13 @@ impl FakeDataplane {
             | Op::SetDevice(..)
             | Op::SetLocalPod(..)
             | Op::SetPrefix(..)
+            | Op::SetCgroupPod(..)
             | Op::DeleteService(_)
             | Op::DeleteBackend(_)
             | Op::DeleteDevice(_)
             | Op::DeleteLocalPod(_)
-            | Op::DeletePrefix(_) => {}
+            | Op::DeletePrefix(_)
+            | Op::DeleteCgroupPod(_) => {}
         }
         self.tables.apply(op);
     }

@@ -22,6 +22,9 @@
 //! - Of several running pods with one address, the address belongs to one that is not being deleted, then to the newest.
 //! - A pod of a namespace that is not known matches no namespace selector but the empty one.
 //! - Policies deleted from a terminating namespace hold until its last pod has gone (CVE-2024-7598).
+//! - A policy that is only audited (annotation `proxy-agent.io/audit: "true"`) isolates nobody; what is enforced is as if it were
+//!   not there. A pod that only such policies select is like one that none selects. Any other value than `true` and `false`
+//!   is an error, and the policy is enforced.
 //! - The node may always reach its own pods; a pod may reach its node only as its policy says; a pod reaching itself
 //!   through a Service is no matter of NetworkPolicy.
 
@@ -31,6 +34,7 @@ pub mod digest;
 pub mod engine;
 pub mod explain;
 pub mod fake;
+pub mod hits;
 pub mod lint;
 pub mod parse;
 pub mod partition;

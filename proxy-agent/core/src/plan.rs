@@ -5,6 +5,8 @@
 //!   delete:  frontend ─▶ prefix    slot ─▶ backend    local_pod ─▶ device    service last
 //! ```
 //!
+//! `cgroup_pod` depends on nothing.
+//!
 //! Of two frontends that belong together, the one for traffic from outside is set before the one that points to it, and
 //! goes after it.
 //!
@@ -17,7 +19,8 @@
 use std::collections::BTreeSet;
 
 use proxy_abi::{
-    BackendEntry, DeviceEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PrefixKey, ServiceEntry,
+    BackendEntry, CgroupPodEntry, DeviceEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PrefixKey,
+    ServiceEntry,
 };
 
 use crate::delta::Delta;
@@ -41,6 +44,8 @@ pub struct TableDeltas {
     pub local_pods: Delta<IpBytes, LocalPodEntry>,
     /// Address range under a scope → 1.
     pub prefixes: Delta<PrefixKey, u32>,
+    /// Cgroup id → pod whose sockets are translated. Refers to nothing: who is not found in a map is served by packets.
+    pub cgroup_pods: Delta<u64, CgroupPodEntry>,
 }
 
 /// One kind of operation. Those of one phase do not depend on each other.
@@ -62,6 +67,10 @@ pub enum Phase {
     SetOutsideFrontends,
     /// The switch.
     SetFrontends,
+    /// Pods whose sockets are translated. Those that go make room.
+    DeleteCgroupPods,
+    /// The same.
+    SetCgroupPods,
     /// Frontends.
     DeleteFrontends,
     /// Frontends for traffic from outside.
@@ -82,7 +91,7 @@ pub enum Phase {
 
 impl Phase {
     /// All, in the safe order.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::SetServices,
         Self::SetBackends,
         Self::SetSlots,
@@ -91,6 +100,8 @@ impl Phase {
         Self::SetPrefixes,
         Self::SetOutsideFrontends,
         Self::SetFrontends,
+        Self::DeleteCgroupPods,
+        Self::SetCgroupPods,
         Self::DeleteFrontends,
         Self::DeleteOutsideFrontends,
         Self::DeletePrefixes,
@@ -127,12 +138,13 @@ impl TableDeltas {
             devices: Delta::new(desired.devices, actual.devices),
             local_pods: Delta::new(desired.local_pods, actual.local_pods),
             prefixes: Delta::new(desired.prefixes, actual.prefixes),
+            cgroup_pods: Delta::new(desired.cgroup_pods, actual.cgroup_pods),
         }
     }
 
     /// The dataplane is now known to hold exactly this.
     pub fn load(&mut self, actual: Tables) {
-        let Tables { services, backends, slots, frontends, devices, local_pods, prefixes } = actual;
+        let Tables { services, backends, slots, frontends, devices, local_pods, prefixes, cgroup_pods } = actual;
         self.services.load(services);
         self.backends.load(backends);
         self.slots.load(slots);
@@ -140,6 +152,7 @@ impl TableDeltas {
         self.devices.load(devices);
         self.local_pods.load(local_pods);
         self.prefixes.load(prefixes);
+        self.cgroup_pods.load(cgroup_pods);
     }
 
     /// A copy of the desired rows.
@@ -152,6 +165,7 @@ impl TableDeltas {
             devices: self.devices.desired().clone(),
             local_pods: self.local_pods.desired().clone(),
             prefixes: self.prefixes.desired().clone(),
+            cgroup_pods: self.cgroup_pods.desired().clone(),
         }
     }
 
@@ -164,6 +178,7 @@ impl TableDeltas {
             + self.devices.pending_len()
             + self.local_pods.pending_len()
             + self.prefixes.pending_len()
+            + self.cgroup_pods.pending_len()
     }
 
     /// Service ports with a frontend or backend that is not certain to be as desired.
@@ -191,6 +206,8 @@ impl TableDeltas {
             }
             Phase::SetOutsideFrontends => self.ready_frontends(true),
             Phase::SetFrontends => self.ready_frontends(false),
+            Phase::SetCgroupPods => set(&self.cgroup_pods, |_, _| true, Op::SetCgroupPod),
+            Phase::DeleteCgroupPods => delete(&self.cgroup_pods, |_| true, Op::DeleteCgroupPod),
             Phase::DeleteFrontends => self.doomed_frontends(),
             Phase::DeleteOutsideFrontends => {
                 let split = |entry: &FrontendEntry| entry.flags & FrontendEntry::EXTERNAL_SPLIT != 0;
@@ -241,6 +258,8 @@ impl TableDeltas {
             Op::DeleteLocalPod(ip) => self.local_pods.succeeded(ip, None),
             Op::SetPrefix(key, value) => self.prefixes.succeeded(key, Some(*value)),
             Op::DeletePrefix(key) => self.prefixes.succeeded(key, None),
+            Op::SetCgroupPod(id, entry) => self.cgroup_pods.succeeded(id, Some(*entry)),
+            Op::DeleteCgroupPod(id) => self.cgroup_pods.succeeded(id, None),
         }
     }
 
@@ -261,6 +280,8 @@ impl TableDeltas {
             Op::DeleteLocalPod(ip) => self.local_pods.failed(ip, None),
             Op::SetPrefix(key, value) => self.prefixes.failed(key, Some(*value)),
             Op::DeletePrefix(key) => self.prefixes.failed(key, None),
+            Op::SetCgroupPod(id, entry) => self.cgroup_pods.failed(id, Some(*entry)),
+            Op::DeleteCgroupPod(id) => self.cgroup_pods.failed(id, None),
         }
     }
 
@@ -274,6 +295,7 @@ impl TableDeltas {
             Row::Device(ifindex) => self.devices.settled(ifindex),
             Row::LocalPod(ip) => self.local_pods.settled(ip),
             Row::Prefix(key) => self.prefixes.settled(key),
+            Row::CgroupPod(id) => self.cgroup_pods.settled(id),
         }
     }
 

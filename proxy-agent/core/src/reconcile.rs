@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use proxy_abi::{BackendEntry, FrontendEntry, FrontendKey};
+
 use crate::compile::{Capacity, Compiler};
 use crate::dataplane::Dataplane;
 use crate::diagnostic::Diagnostic;
@@ -256,6 +258,14 @@ impl Reconciler {
         ]
     }
 
+    /// What a frontend is to be: its row, and the backends that its slots name, in their order.
+    pub fn frontend(&self, key: &FrontendKey) -> Option<(FrontendEntry, Vec<BackendEntry>)> {
+        let entry = *self.tables.frontends.desired().get(key)?;
+        let backends = self.tables.backends.desired();
+        let slots = self.tables.slots.desired().range(entry.first..entry.first.saturating_add(entry.count));
+        Some((entry, slots.filter_map(|(_, id)| backends.get(id).copied()).collect()))
+    }
+
     /// The cluster state.
     pub const fn state(&self) -> &ClusterState {
         &self.state
@@ -280,6 +290,7 @@ impl Reconciler {
                 }
                 self.dirty.ranges = true;
                 self.dirty.addresses = true;
+                self.dirty.cgroup_pods = true;
                 self.dirty.links.extend(self.state.links().map(|link| link.ifindex));
                 self.dirty.links.extend(self.state.devices().map(|device| device.ifindex));
             }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use proxy_abi::DeviceEntry;
+use proxy_abi::{CgroupPodEntry, DeviceEntry};
 
 use crate::diagnostic::Diagnostic;
 use crate::event::{Enforcement, Event, Listing, NetDevice, Node, PodLink, Source};
@@ -22,6 +22,7 @@ pub struct ClusterState {
     devices: BTreeMap<u32, NetDevice>,
     service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
     enforcement: Enforcement,
+    cgroup_pods: Option<BTreeMap<u64, CgroupPodEntry>>,
     findings: BTreeMap<String, Vec<Diagnostic>>,
     listed: BTreeSet<Source>,
     unreadable: bool,
@@ -53,6 +54,8 @@ pub struct Changed {
     pub addresses: bool,
     /// Address ranges: of Services, of this node's pods.
     pub ranges: bool,
+    /// Pods whose sockets are translated.
+    pub cgroup_pods: bool,
     /// Findings of the sources.
     pub findings: bool,
     /// A source has been listed for the first time.
@@ -73,6 +76,7 @@ impl Changed {
         self.links.extend(other.links);
         self.addresses |= other.addresses;
         self.ranges |= other.ranges;
+        self.cgroup_pods |= other.cgroup_pods;
         self.findings |= other.findings;
         self.listed |= other.listed;
         self.readable |= other.readable;
@@ -132,11 +136,17 @@ impl ClusterState {
         self.links.values()
     }
 
+    /// Does a pod interface name its slot only so that its flows are audited?
+    pub fn is_audited(&self, link: &PodLink) -> bool {
+        matches!(self.enforcement, Enforcement::Audited(_)) && self.slot(link) != 0
+    }
+
     /// The policy slot that a pod interface is to name: 0 without policies, [`DeviceEntry::HELD`] as long as nobody knows
     /// what its pod may do.
     pub fn slot(&self, link: &PodLink) -> u16 {
         match &self.enforcement {
             Enforcement::Off => 0,
+            Enforcement::Audited(slots) => link.pod.as_ref().and_then(|uid| slots.get(uid)).copied().unwrap_or(0),
             Enforcement::On(slots) => {
                 link.pod.as_ref().and_then(|uid| slots.get(uid)).copied().unwrap_or(DeviceEntry::HELD)
             }
@@ -187,6 +197,11 @@ impl ClusterState {
         self.service_cidrs.iter().map(|(name, ranges)| (name, ranges.as_slice()))
     }
 
+    /// Pods whose sockets are translated, by cgroup; `None` = not known yet.
+    pub const fn cgroup_pods(&self) -> Option<&BTreeMap<u64, CgroupPodEntry>> {
+        self.cgroup_pods.as_ref()
+    }
+
     /// Number of Services, and of slices.
     pub fn counts(&self) -> (usize, usize) {
         (self.services.len(), self.slices.len())
@@ -223,6 +238,10 @@ impl ClusterState {
             }
             Event::Listed(source, listing) => self.list(source, &listing, &mut changed),
             Event::Enforcement(enforcement) => self.set_enforcement(enforcement, &mut changed),
+            Event::CgroupPods(pods) => {
+                changed.cgroup_pods = self.cgroup_pods.as_ref() != Some(&pods);
+                self.cgroup_pods = Some(pods);
+            }
             Event::NetworkPolicy(_) | Event::NetworkPolicyListed(_) => {}
         }
         changed
@@ -407,9 +426,11 @@ impl ClusterState {
         if self.enforcement == enforcement {
             return;
         }
-        let before: Vec<_> = self.links.values().map(|link| (link.ifindex, self.slot(link))).collect();
+        let now = |state: &Self, link: &PodLink| (state.slot(link), state.is_audited(link));
+        let before: Vec<_> = self.links.values().map(|link| (link.ifindex, now(self, link))).collect();
         self.enforcement = enforcement;
-        let differs = |(ifindex, slot): &(u32, u16)| self.links.get(ifindex).map(|link| self.slot(link)) != Some(*slot);
+        let differs =
+            |(ifindex, was): &(u32, (u16, bool))| self.links.get(ifindex).map(|link| now(self, link)) != Some(*was);
         changed.links.extend(before.into_iter().filter(differs).map(|(ifindex, _)| ifindex));
     }
 

@@ -7,8 +7,8 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use proxy_abi::{
-    BackendEntry, DeviceEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PortBe, PrefixKey, Proto,
-    ServiceEntry,
+    BackendEntry, CgroupPodEntry, DeviceEntry, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PortBe, PrefixKey,
+    Proto, ServiceEntry,
 };
 
 /// All map content that follows from the cluster and the node. The value of a key in an array map that is not named
@@ -29,6 +29,8 @@ pub struct Tables {
     pub local_pods: BTreeMap<IpBytes, LocalPodEntry>,
     /// Address range under a scope → 1.
     pub prefixes: BTreeMap<PrefixKey, u32>,
+    /// Cgroup id → pod whose sockets are translated.
+    pub cgroup_pods: BTreeMap<u64, CgroupPodEntry>,
 }
 
 /// One map operation. Each may run twice with the same result; deleting the absent succeeds.
@@ -62,6 +64,10 @@ pub enum Op {
     SetPrefix(PrefixKey, u32),
     /// Take it out.
     DeletePrefix(PrefixKey),
+    /// Translate the sockets of a pod.
+    SetCgroupPod(u64, CgroupPodEntry),
+    /// Leave them to its packets.
+    DeleteCgroupPod(u64),
 }
 
 /// The row that an operation writes.
@@ -81,6 +87,8 @@ pub enum Row {
     LocalPod(IpBytes),
     /// Address range.
     Prefix(PrefixKey),
+    /// Cgroup id.
+    CgroupPod(u64),
 }
 
 impl Op {
@@ -94,6 +102,7 @@ impl Op {
             Self::SetDevice(ifindex, _) | Self::DeleteDevice(ifindex) => Row::Device(*ifindex),
             Self::SetLocalPod(ip, _) | Self::DeleteLocalPod(ip) => Row::LocalPod(*ip),
             Self::SetPrefix(key, _) | Self::DeletePrefix(key) => Row::Prefix(*key),
+            Self::SetCgroupPod(id, _) | Self::DeleteCgroupPod(id) => Row::CgroupPod(*id),
         }
     }
 }
@@ -116,6 +125,8 @@ impl Tables {
             Op::DeleteLocalPod(ip) => drop(self.local_pods.remove(ip)),
             Op::SetPrefix(key, value) => drop(self.prefixes.insert(*key, *value)),
             Op::DeletePrefix(key) => drop(self.prefixes.remove(key)),
+            Op::SetCgroupPod(id, entry) => drop(self.cgroup_pods.insert(*id, *entry)),
+            Op::DeleteCgroupPod(id) => drop(self.cgroup_pods.remove(id)),
         }
     }
 }
@@ -152,7 +163,13 @@ impl fmt::Display for Tables {
         }
         let mut prefixes: Vec<_> = self.prefixes.keys().collect();
         prefixes.sort_by_key(|key| (key.scope, IpAddr::from(key.ip), key.length));
-        prefixes.into_iter().try_for_each(|key| write_prefix(f, *key))
+        prefixes.into_iter().try_for_each(|key| write_prefix(f, *key))?;
+        for (id, CgroupPodEntry { ip4, ip6, ifindex, reserved: _ }) in &self.cgroup_pods {
+            write!(f, "cgroup_pod {id} device {ifindex}")?;
+            write_known(f, [*ip4, *ip6])?;
+            writeln!(f)?;
+        }
+        Ok(())
     }
 }
 

@@ -1,27 +1,38 @@
 //! Answers to what the command line asks.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use proxy_abi::Proto;
 use proxy_abi::policy::{Direction, RuleRef};
+use proxy_abi::{FrontendKey, PortBe, Proto};
 use proxy_core::name::ObjectName;
 use proxy_core::netpol::engine::Engine;
 use proxy_core::netpol::explain::Reason;
+use proxy_core::netpol::hits::Counts;
 use proxy_core::netpol::lint::{findings, rule_name};
 use proxy_core::netpol::policy::{Policy, Rule};
-use proxy_core::netpol::reconcile::PolicyReconciler;
+use proxy_core::netpol::reconcile::{PolicyReconciler, Regime};
 use proxy_core::netpol::rules::Origin;
 use proxy_core::netpol::spec::Pod;
+use proxy_core::reconcile::Reconciler;
 
-use crate::ask::{Answer, Asked, LintInfo, NearInfo, PodInfo, PolicyInfo, Question, ReasonInfo, RuleInfo};
+use crate::ask::{
+    Answer, Asked, FrontendInfo, FrontendName, HitsInfo, LintInfo, ModelInfo, NearInfo, PodInfo, PolicyInfo, Question,
+    ReasonInfo, RuleInfo,
+};
+use crate::dataplane::policy::PolicyMaps;
 
 /// Similar names that are told.
 const SIMILAR: usize = 5;
 
 /// Answers from what the reconciler knows at this moment.
-pub(super) fn answer(question: &Question, reconciler: &PolicyReconciler) -> Answer {
+pub(super) fn answer(
+    question: &Question,
+    services: &Reconciler,
+    reconciler: &PolicyReconciler,
+    maps: &PolicyMaps,
+) -> Answer {
     let engine = reconciler.engine();
     match question {
         Question::Pods { names, ips } => pods(reconciler, names, ips),
@@ -30,9 +41,29 @@ pub(super) fn answer(question: &Question, reconciler: &PolicyReconciler) -> Answ
             let found = local.map(|member| pod_info(reconciler, &member.pod)).collect();
             Answer::Pods { found, similar: Vec::new() }
         }
-        Question::Policies => Answer::Policies(policies(engine)),
+        Question::Policies => Answer::Policies(policies(engine, &counts(maps))),
         Question::Lint { policy } => Answer::Lint(lint(engine, policy.as_deref())),
         Question::Reason(asked) => Answer::Reason(reason(engine, *asked)),
+        Question::Model(keys) => Answer::Model(model(keys, services, reconciler)),
+    }
+}
+
+fn model(keys: &[FrontendName], services: &Reconciler, policies: &PolicyReconciler) -> ModelInfo {
+    let of_services = services.missing().map(|source| format!("{source:?}").to_lowercase());
+    let of_policies = policies.missing().filter(|_| policies.enforces());
+    let of_policies = of_policies.map(|source| format!("{source:?}").to_lowercase());
+    let found = keys.iter().find_map(|FrontendName { ip, port, proto, scope }| {
+        let key = FrontendKey { ip: (*ip).into(), port: PortBe::new(*port), proto: Proto(*proto), scope: *scope };
+        services.frontend(&key)
+    });
+    ModelInfo {
+        missing: of_services.chain(of_policies).collect(),
+        settled: services.settled() && policies.settled(),
+        epoch: policies.epoch(),
+        frontend: found.map(|(entry, backends)| FrontendInfo {
+            generation: entry.generation,
+            endpoints: backends.iter().map(|found| SocketAddr::new(found.ip.into(), found.port.get())).collect(),
+        }),
     }
 }
 
@@ -92,7 +123,7 @@ fn pod_info(reconciler: &PolicyReconciler, pod: &Pod) -> PodInfo {
         node: pod.node.as_deref().map(str::to_owned),
         local,
         ips: pod.ips.clone(),
-        slot: reconciler.slot(&pod.uid).filter(|_| local && reconciler.enforces()),
+        slot: reconciler.slot(&pod.uid).filter(|_| local && reconciler.regime() != Regime::Off),
         policies: policies.iter().map(|policy| policy.name.to_string()).collect(),
         locked: subject.and_then(|subject| subject.locked).map(|cause| cause.to_string()),
     }
@@ -109,7 +140,19 @@ fn lint(engine: &Engine, policy: Option<&str>) -> Option<Vec<LintInfo>> {
     Some(findings(engine, only.as_ref()).into_iter().map(LintInfo::from).collect())
 }
 
-fn policies(engine: &Engine) -> Vec<PolicyInfo> {
+/// What rules have decided. Nothing where that cannot be read: then nothing is counted.
+fn counts(maps: &PolicyMaps) -> Counts {
+    match maps.hits.read() {
+        Ok(rows) => rows.into_iter().collect(),
+        Err(error) => {
+            tracing::warn!(error = &error as &dyn std::error::Error, "hits of policies cannot be read");
+            Counts::new()
+        }
+    }
+}
+
+fn policies(engine: &Engine, counts: &Counts) -> Vec<PolicyInfo> {
+    let hits = engine.hits(counts);
     let world = engine.world();
     let mut lint: BTreeMap<ObjectName, usize> = BTreeMap::new();
     for finding in findings(engine, None) {
@@ -124,6 +167,13 @@ fn policies(engine: &Engine) -> Vec<PolicyInfo> {
         let problems = world.findings_of(name).iter();
         let words =
             |rules: &Option<Vec<Rule>>| rules.as_ref().map(|rules| rules.iter().map(ToString::to_string).collect());
+        let of_rules = |direction, rules: &Option<Vec<Rule>>| {
+            let count = rules.as_ref().map_or(0, Vec::len);
+            let key = |rule| (direction, Origin { policy: name.clone(), rule });
+            (0..count).map(|rule| hits.rules.get(&key(rule)).copied().map(HitsInfo::from)).collect()
+        };
+        let refused = [Direction::Ingress, Direction::Egress].map(|way| hits.refused.get(&(way, name.clone())));
+        let refused = refused.into_iter().flatten().copied().map(HitsInfo::from);
         PolicyInfo {
             name: name.to_string(),
             subject: if policy.subject.is_empty() { "all pods".to_owned() } else { policy.subject.to_string() },
@@ -132,6 +182,10 @@ fn policies(engine: &Engine) -> Vec<PolicyInfo> {
             pods: engine.subjects().keys().filter(|pod| is_subject(pod)).count(),
             problems: problems.map(ToString::to_string).collect(),
             lint: lint.get(name).copied().unwrap_or_default(),
+            audited: policy.audited,
+            ingress_hits: of_rules(Direction::Ingress, &policy.ingress),
+            egress_hits: of_rules(Direction::Egress, &policy.egress),
+            refused: refused.reduce(|a, b| HitsInfo { count: a.count + b.count, since: a.since.min(b.since) }),
         }
     };
     world.policy_names().filter_map(|name| world.policy(&name).map(info)).collect()
@@ -144,7 +198,11 @@ fn reason(engine: &Engine, asked: Asked) -> ReasonInfo {
     let mut reason = ReasonInfo::default();
     match engine.reason(rule, asked.peer) {
         Some(Reason::Rule(origin)) => reason.rule = Some(info(&origin)),
-        Some(Reason::Isolated(policies)) => reason.isolated_by = policies.iter().map(ToString::to_string).collect(),
+        Some(Reason::Isolated(policies)) => {
+            let is_audited = |name: &&ObjectName| engine.world().policy(name).is_some_and(|policy| policy.audited);
+            reason.audited = policies.iter().filter(is_audited).map(ToString::to_string).collect();
+            reason.isolated_by = policies.iter().map(ToString::to_string).collect();
+        }
         None => {}
     }
     let matches = engine.matches(rule, asked.peer, Proto(asked.proto), asked.port);

@@ -15,8 +15,8 @@ use proxy_abi::DeviceEntry;
 use proxy_core::diagnostic::{Diagnostic, Severity};
 use proxy_core::event::{Enforcement, Event, PodLink};
 use proxy_core::local::LocalPods;
-use proxy_core::netpol::engine::Engine;
-use proxy_core::netpol::reconcile::{PolicyReconciler, PolicyReport, PolicySettings};
+use proxy_core::netpol::engine::{Engine, Limits};
+use proxy_core::netpol::reconcile::{PolicyReconciler, PolicyReport, PolicySettings, Regime};
 use proxy_core::state::ClusterState;
 use tokio::sync::watch;
 
@@ -45,10 +45,10 @@ struct Held {
 }
 
 impl Policies {
-    /// Nothing known yet.
-    pub(super) fn new(node: &str, records: watch::Receiver<Records>) -> Self {
+    /// Nothing known yet, of maps with so much room.
+    pub(super) fn new(node: &str, limits: Limits, records: watch::Receiver<Records>) -> Self {
         Self {
-            reconciler: PolicyReconciler::new(PolicySettings::new(node)),
+            reconciler: PolicyReconciler::new(PolicySettings { limits, ..PolicySettings::new(node) }),
             local: LocalPods::new(node),
             records,
             known: false,
@@ -90,16 +90,23 @@ impl Policies {
 
     /// What interfaces are to know.
     pub(super) fn enforcement(&self, state: &ClusterState) -> Enforcement {
-        if !self.reconciler.enforces() {
-            return Enforcement::Off;
-        }
         let uids = state.links().filter_map(|link| link.pod.as_ref());
-        Enforcement::On(uids.filter_map(|uid| Some((Arc::clone(uid), self.reconciler.slot(uid)?))).collect())
+        let slots = || uids.filter_map(|uid| Some((Arc::clone(uid), self.reconciler.slot(uid)?))).collect();
+        match self.reconciler.regime() {
+            Regime::Off => Enforcement::Off,
+            Regime::Audited => Enforcement::Audited(slots()),
+            Regime::Enforced => Enforcement::On(slots()),
+        }
     }
 
-    /// Are there policies in force?
+    /// Are there policies in force, more than audited?
     pub(super) const fn enforces(&self) -> bool {
         self.reconciler.enforces()
+    }
+
+    /// Pods of this node.
+    pub(super) const fn local(&self) -> &LocalPods {
+        &self.local
     }
 
     /// The compiler, with all objects.

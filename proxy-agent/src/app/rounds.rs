@@ -7,11 +7,12 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Result;
 use proxy_core::event::Event;
 use proxy_core::facts::Facts;
-use proxy_core::netpol::reconcile::PolicyReport;
+use proxy_core::netpol::reconcile::{PolicyReport, Regime};
 use proxy_core::reconcile::{self, Reconciler};
 use tokio::sync::{mpsc, watch};
 
 use super::answer::answer;
+use super::cgroup_pods::CgroupPods;
 use super::policies::Policies;
 use super::world::World;
 use crate::ask::listen::Inquiry;
@@ -20,6 +21,7 @@ use crate::kubeproxy::Settings;
 use crate::node::NodeDevices;
 use crate::node::guard::{self, Guard, Wanted};
 use crate::serve::Notice;
+use crate::serve::hits::Counted;
 use crate::serve::metrics::PolicyRound;
 use crate::sockets::StaleSockets;
 
@@ -33,6 +35,8 @@ pub(super) struct Rounds {
     bpf: Bpf,
     world: World,
     policies: Policies,
+    /// `None`: sockets of pods are left alone.
+    cgroup_pods: Option<CgroupPods>,
     reconciler: Reconciler,
     settings: Settings,
     start: Instant,
@@ -61,16 +65,22 @@ impl Rounds {
         bpf: Bpf,
         world: World,
         policies: Policies,
+        cgroup_pods: Option<CgroupPods>,
         settings: Settings,
         guarded: Option<watch::Receiver<NodeDevices>>,
     ) -> Self {
         let policy = settings.policy.clone();
         let start = Instant::now();
+        let mut reconciler = Reconciler::new(reconcile::Settings { policy, ..reconcile::Settings::default() });
+        if cgroup_pods.is_none() {
+            reconciler.handle(Event::CgroupPods(BTreeMap::new()));
+        }
         Self {
             bpf,
             world,
             policies,
-            reconciler: Reconciler::new(reconcile::Settings { policy, ..reconcile::Settings::default() }),
+            cgroup_pods,
+            reconciler,
             settings,
             start,
             listed: None,
@@ -98,7 +108,8 @@ impl Rounds {
         self.world.publish(&Facts::default());
         loop {
             let put_off = self.waiting.then_some(self.not_before);
-            let others = [retry_at, put_off, self.policies.next_finding()];
+            let cgroups = self.cgroup_pods.as_ref().and_then(CgroupPods::next);
+            let others = [retry_at, put_off, self.policies.next_finding(), cgroups];
             let wake = others.into_iter().flatten().fold(next_sweep, Instant::min);
             tokio::select! {
                 count = inbox.recv_many(&mut burst, BURST) => {
@@ -107,7 +118,8 @@ impl Rounds {
                     }
                 }
                 Some(inquiry) = inquiries.recv() => {
-                    let answer = answer(&inquiry.question, self.policies.reconciler());
+                    let (services, policies) = (&self.reconciler, self.policies.reconciler());
+                    let answer = answer(&inquiry.question, services, policies, &self.bpf.maps().policy);
                     // Who asked may have gone.
                     drop(inquiry.reply.send(answer));
                     continue;
@@ -123,6 +135,7 @@ impl Rounds {
                 self.world.sweep(self.bpf.maps(), &self.settings);
             }
             let policy_due = self.sync_policy();
+            self.look_at_cgroups();
             self.sync_services();
             self.keep_guard();
             let due = [policy_due, self.services_due].into_iter().flatten().min();
@@ -137,6 +150,9 @@ impl Rounds {
     fn take(&mut self, event: Event) {
         self.world.tell(&event, &self.settings);
         self.found |= self.policies.handle(&event);
+        if let Some(pods) = &mut self.cgroup_pods {
+            pods.handle(&event);
+        }
         // An interface that nobody may use as it is does not wait.
         let of_interface = matches!(&event, Event::Link(_) | Event::LinkGone(_));
         let due = self.reconciler.handle(event);
@@ -166,15 +182,27 @@ impl Rounds {
         report.retry_at
     }
 
+    /// Which pods' sockets are translated.
+    fn look_at_cgroups(&mut self) {
+        let Some(pods) = &mut self.cgroup_pods else { return };
+        for event in pods.update(self.reconciler.state(), self.policies.local(), Instant::now()) {
+            self.waiting |= self.reconciler.handle(event);
+        }
+    }
+
     fn count_policy(&self, report: &PolicyReport<dataplane::Error>, took: Duration) {
         let reconciler = self.policies.reconciler();
         let engine = reconciler.engine();
+        if report.switched || report.slots_changed {
+            let pods = engine.subjects().iter().map(|(name, subject)| (subject.slot.into(), name.clone()));
+            self.world.metrics.counted(Counted { rules: engine.counted(), pods: pods.collect() });
+        }
         self.world.metrics.policy(PolicyRound {
             took,
             applied: report.applied,
             failed: usize::from(report.failed.is_some() || report.load_error.is_some()),
             policies: engine.world().policy_names().count(),
-            pods: if reconciler.enforces() { engine.subjects().len() } else { 0 },
+            pods: if reconciler.regime() == Regime::Off { 0 } else { engine.subjects().len() },
             locked: engine.subjects().values().filter(|subject| subject.locked.is_some()).count(),
             held: self.policies.held(),
             revision: reconciler.epoch(),

@@ -9,12 +9,13 @@ use std::path::Path;
 
 use aya::maps::MapType;
 use proxy_abi::policy::{
-    Bits, BitsKey, BlockEntry, CellEntry, CellWord, PodDigest, PortPage, SetEntry, SlotWord, map as policy_map,
+    Bits, BitsKey, BlockEntry, CellEntry, CellWord, HitsEntry, PodDigest, PodHits, PortPage, SetEntry, SlotWord,
+    map as policy_map,
 };
 use proxy_abi::{
-    AffinityEntry, AffinityKey, BackendEntry, CounterEntry, DeviceEntry, Field, Fields, FlowEntry, FlowKey,
-    FragmentEntry, FragmentKey, FrontendEntry, FrontendKey, IpBytes, LayoutRow, LocalPodEntry, PrefixKey, ServiceEntry,
-    SocketEntry, SocketKey, map,
+    AffinityEntry, AffinityKey, BackendEntry, CgroupPodEntry, CounterEntry, DeviceEntry, Field, Fields, FlowEntry,
+    FlowKey, FragmentEntry, FragmentKey, FrontendEntry, FrontendKey, IpBytes, LayoutRow, LocalPodEntry, PrefixKey,
+    ServiceEntry, SocketEntry, SocketKey, map,
 };
 
 use super::Error;
@@ -55,6 +56,10 @@ pub struct Description {
 pub const POD_QUOTA: &str = "pod_quota";
 /// Setting: a pod reaches its own node whatever its policies say; 0 or 1.
 pub const NODE_OPEN: &str = "node_open";
+/// Setting: sockets of pods are translated, too; 0 or 1.
+pub const SOCKET_LB: &str = "socket_lb";
+/// Settings: seconds that a flow which is not TCP may be idle for, without an answer and with answers.
+pub const UDP_IDLE: [&str; 2] = ["udp_unreplied", "udp_assured"];
 
 const LAYOUT: Layout =
     Layout { name: map::LAYOUT, kind: MapType::Array, key: size_u32::<u32>(), value: size_u32::<LayoutRow>() };
@@ -107,6 +112,8 @@ impl Description {
                 entry::<PrefixKey, u32>(map::PREFIX),
                 entry::<AffinityKey, AffinityEntry>(map::AFFINITY),
                 entry::<u32, u64>(map::POD_FLOWS),
+                entry::<u64, CgroupPodEntry>(map::CGROUP_POD),
+                entry::<SocketKey, SocketEntry>(map::POD_SOCKET),
                 entry::<u32, u32>(policy_map::EPOCH),
                 entry::<u32, SlotWord>(policy_map::SLOT),
                 entry::<u32, PodDigest>(policy_map::POD),
@@ -117,6 +124,8 @@ impl Description {
                 entry::<u32, PortPage>(policy_map::PAGE),
                 entry::<u32, CellEntry>(policy_map::CELL),
                 entry::<BitsKey, Bits>(policy_map::BITS),
+                entry::<u32, HitsEntry>(policy_map::HITS),
+                entry::<u32, PodHits>(policy_map::POD_HITS),
             ]),
             settings: settings.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
         }

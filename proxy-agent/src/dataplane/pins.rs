@@ -25,11 +25,12 @@ use aya::maps::MapType;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use proxy_abi::policy::{
-    Bits, BitsKey, BlockEntry, CellEntry, CellWord, PodDigest, PortPage, SetEntry, SlotWord, map as policy_map,
+    Bits, BitsKey, BlockEntry, CellEntry, CellWord, HitsEntry, PodDigest, PodHits, PortPage, SetEntry, SlotWord,
+    map as policy_map,
 };
 use proxy_abi::{
-    ABI_VERSION, AffinityEntry, AffinityKey, BackendEntry, CounterEntry, DeviceEntry, FlowEntry, FlowKey,
-    FragmentEntry, FragmentKey, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PrefixKey, ServiceEntry,
+    ABI_VERSION, AffinityEntry, AffinityKey, BackendEntry, CgroupPodEntry, CounterEntry, DeviceEntry, FlowEntry,
+    FlowKey, FragmentEntry, FragmentKey, FrontendEntry, FrontendKey, IpBytes, LocalPodEntry, PrefixKey, ServiceEntry,
     SocketEntry, SocketKey, map,
 };
 
@@ -42,7 +43,7 @@ const fn layout<K, V>(name: &'static str, kind: MapType) -> Layout {
 }
 
 /// Every pinned map.
-pub const LAYOUTS: [Layout; 24] = [
+pub const LAYOUTS: [Layout; 28] = [
     layout::<u32, ServiceEntry>(map::SERVICE, MapType::Hash),
     layout::<u32, BackendEntry>(map::BACKEND, MapType::Array),
     layout::<u32, u32>(map::BACKEND_SLOT, MapType::Array),
@@ -57,6 +58,8 @@ pub const LAYOUTS: [Layout; 24] = [
     layout::<PrefixKey, u32>(map::PREFIX, MapType::LpmTrie),
     layout::<AffinityKey, AffinityEntry>(map::AFFINITY, MapType::LruHash),
     layout::<u32, u64>(map::POD_FLOWS, MapType::Hash),
+    layout::<u64, CgroupPodEntry>(map::CGROUP_POD, MapType::Hash),
+    layout::<SocketKey, SocketEntry>(map::POD_SOCKET, MapType::LruHash),
     layout::<u32, u32>(policy_map::EPOCH, MapType::Array),
     layout::<u32, SlotWord>(policy_map::SLOT, MapType::Array),
     layout::<u32, PodDigest>(policy_map::POD, MapType::Hash),
@@ -67,6 +70,8 @@ pub const LAYOUTS: [Layout; 24] = [
     layout::<u32, PortPage>(policy_map::PAGE, MapType::Array),
     layout::<u32, CellEntry>(policy_map::CELL, MapType::Hash),
     layout::<BitsKey, Bits>(policy_map::BITS, MapType::Hash),
+    layout::<u32, HitsEntry>(policy_map::HITS, MapType::Hash),
+    layout::<u32, PodHits>(policy_map::POD_HITS, MapType::Array),
 ];
 
 /// The pin directory of this version.
@@ -95,6 +100,8 @@ pub struct Maps {
     pub flow_live: Map<FlowKey, FlowEntry>,
     pub flow_brief: Map<FlowKey, FlowEntry>,
     pub socket: Map<SocketKey, SocketEntry>,
+    pub cgroup_pod: Map<u64, CgroupPodEntry>,
+    pub pod_socket: Map<SocketKey, SocketEntry>,
     pub counter: Map<u32, CounterEntry>,
     pub policy: PolicyMaps,
 }
@@ -145,6 +152,8 @@ impl Maps {
             flow_brief |_, _| true;
             affinity |_, _| true;
             socket |_, _| true;
+            cgroup_pod |_, _| true;
+            pod_socket |_, _| true;
             pod_flows |_, _| true;
             policy.slot |_, word| word.block != 0;
             policy.pod |_, _| true;
@@ -155,6 +164,7 @@ impl Maps {
             policy.page |_, page| *page != PortPage::ZERO;
             policy.cell |_, _| true;
             policy.bits |_, _| true;
+            policy.hits |_, _| true;
         }
         // By the ranges that frontends own: to look at every slot would take longer than all else.
         let mut ranges = BTreeMap::new();
@@ -276,6 +286,19 @@ impl Pins {
         Ok(())
     }
 
+    /// Takes away the pin of a map that has another number of entries, so that it is made anew. Programs that have it go on
+    /// with it until they are swapped; then what it holds is forgotten.
+    pub fn resize(&self, name: &str, entries: u32) -> Result<(), Error> {
+        let path = self.maps().join(name);
+        let Some(layout) = LAYOUTS.iter().find(|layout| layout.name == name).filter(|_| path.exists()) else {
+            return Ok(());
+        };
+        if layout.check(&path)?.max_entries() == entries {
+            return Ok(());
+        }
+        fs::remove_file(&path).map_err(|source| Error::pin(&path, source))
+    }
+
     /// Opens all maps.
     pub fn open(&self) -> Result<Maps, Error> {
         let directory = self.maps();
@@ -297,6 +320,8 @@ impl Pins {
             prefix,
             affinity,
             pod_flows,
+            cgroup_pod,
+            pod_socket,
             ..,
         ] = LAYOUTS;
         Ok(Maps {
@@ -312,6 +337,8 @@ impl Pins {
             flow_live: Map::open(&directory, live)?,
             flow_brief: Map::open(&directory, brief)?,
             socket: Map::open(&directory, socket)?,
+            cgroup_pod: Map::open(&directory, cgroup_pod)?,
+            pod_socket: Map::open(&directory, pod_socket)?,
             counter: Map::open(&directory, counter)?,
             policy: PolicyMaps::open(&directory)?,
         })

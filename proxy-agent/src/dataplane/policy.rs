@@ -1,13 +1,16 @@
 //! The policy maps behind the port [`PolicyDataplane`].
 
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use proxy_abi::policy::{
-    Bits, BitsKey, BlockEntry, CellEntry, CellWord, PodDigest, PortPage, SetEntry, SlotWord, map as name,
+    Bits, BitsKey, BlockEntry, CellEntry, CellWord, HitsEntry, PodDigest, PodHits, PortPage, SetEntry, SlotWord,
+    map as name,
 };
 use proxy_abi::{IpBytes, PrefixKey};
 use proxy_core::netpol::dataplane::PolicyDataplane;
-use proxy_core::netpol::tables::{Op, PolicyTables};
+use proxy_core::netpol::engine::Limits;
+use proxy_core::netpol::tables::{Op, PolicyTables, Start};
 
 use super::map::{Layout, Map};
 use super::pins::LAYOUTS;
@@ -27,19 +30,27 @@ pub struct PolicyMaps {
     pub page: Map<u32, PortPage>,
     pub cell: Map<u32, CellEntry>,
     pub bits: Map<BitsKey, Bits>,
+    pub hits: Map<u32, HitsEntry>,
+    pub pod_hits: Map<u32, PodHits>,
+}
+
+/// Entries of the maps that hold so much. A slot has two words, and pods have as many rows as there are slots.
+pub(super) fn entries(limits: &Limits) -> [(&'static str, u32); 10] {
+    [
+        (name::SLOT, limits.slots.saturating_mul(2)),
+        (name::POD, limits.slots),
+        (name::POD_HITS, limits.slots),
+        (name::BLOCK, limits.blocks),
+        (name::SET, limits.sets),
+        (name::IP, limits.ips),
+        (name::PREFIX, limits.prefixes),
+        (name::CELL, limits.cells),
+        (name::BITS, limits.bits),
+        (name::HITS, limits.hits),
+    ]
 }
 
 const NO_WORD: SlotWord = SlotWord { block: 0, revision: 0 };
-const NO_SET: SetEntry = SetEntry {
-    any_pod: Bits::ZERO,
-    any_address: Bits::ZERO,
-    any_port: Bits::ZERO,
-    accept: Bits::ZERO,
-    deny: Bits::ZERO,
-    digest: [0; 2],
-    next: 0,
-    reserved: 0,
-};
 
 impl PolicyMaps {
     /// Opens them in a directory of pins.
@@ -59,7 +70,24 @@ impl PolicyMaps {
             page: Map::open(directory, layout(name::PAGE)?)?,
             cell: Map::open(directory, layout(name::CELL)?)?,
             bits: Map::open(directory, layout(name::BITS)?)?,
+            hits: Map::open(directory, layout(name::HITS)?)?,
+            pod_hits: Map::open(directory, layout(name::POD_HITS)?)?,
         })
+    }
+
+    /// Room in them, as they are.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            slots: self.pod.capacity().min(self.slot.capacity() / 2),
+            blocks: self.block.capacity(),
+            sets: self.set.capacity(),
+            ips: self.ip.capacity(),
+            prefixes: self.prefix.capacity(),
+            cells: self.cell.capacity(),
+            bits: self.bits.capacity(),
+            hits: self.hits.capacity(),
+            ..Limits::default()
+        }
     }
 
     /// Reads everything back. Rows of array maps that are zero are not named; the one block that is zero by its meaning
@@ -73,12 +101,13 @@ impl PolicyMaps {
             slots: self.slot.read()?.into_iter().filter(|(_, word)| *word != NO_WORD).collect(),
             pods: self.pod.read()?.into_iter().collect(),
             blocks: blocks.into_iter().filter(|(_, block)| *block != BlockEntry::OPEN).chain(fixed).collect(),
-            sets: self.set.read()?.into_iter().filter(|(_, set)| *set != NO_SET).collect(),
+            sets: self.set.read()?.into_iter().filter(|(_, set)| *set != SetEntry::EMPTY).collect(),
             ips: self.ip.read()?.into_iter().collect(),
             prefixes: self.prefix.read()?.into_iter().collect(),
             pages: self.page.read()?.into_iter().filter(|(_, page)| *page != PortPage::ZERO).collect(),
             cells: self.cell.read()?.into_iter().collect(),
             bits: self.bits.read()?.into_iter().collect(),
+            hits: self.hits.read()?.into_iter().map(|(rule, _)| rule).collect(),
         })
     }
 
@@ -97,14 +126,32 @@ impl PolicyMaps {
         match op {
             Op::Epoch(epoch) => self.epoch.set(&0, epoch),
             Op::Slot(index, word) => self.slot.set(index, &word.unwrap_or(NO_WORD)),
-            Op::Pod(slot, pod) => row(&self.pod, slot, pod.as_ref()),
+            Op::Pod(slot, pod) => {
+                if pod.is_some() {
+                    // Another pod's are not this one's.
+                    self.pod_hits.set(slot, &PodHits::ZERO)?;
+                }
+                row(&self.pod, slot, pod.as_ref())
+            }
             Op::Block(id, block) => self.block.set(id, &block.unwrap_or(BlockEntry::OPEN)),
-            Op::Set(id, set) => self.set.set(id, set.as_deref().unwrap_or(&NO_SET)),
+            Op::Set(id, set) => self.set.set(id, set.as_deref().unwrap_or(&SetEntry::EMPTY)),
             Op::Ip(ip, word) => row(&self.ip, ip, word.as_ref()),
             Op::Prefix(key, word) => row(&self.prefix, key, word.as_ref()),
             Op::Page(index, page) => self.page.set(index, page.as_deref().unwrap_or(&PortPage::ZERO)),
             Op::Cell(number, entry) => row(&self.cell, number, entry.as_ref()),
             Op::Bits(key, bits) => row(&self.bits, key, bits.as_ref()),
+            Op::Hits(rule, start) => row(&self.hits, rule, start.map(|start| self.begin(start)).as_ref()),
+        }
+    }
+
+    /// What a rule has counted when it begins.
+    fn begin(&self, start: Start) -> HitsEntry {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let zero = HitsEntry { since, ..HitsEntry::ZERO };
+        match start {
+            Start::Zero => zero,
+            // A count that cannot be read is not worth a policy.
+            Start::Of(rule) => self.hits.get(&rule).ok().flatten().unwrap_or(zero),
         }
     }
 
@@ -127,6 +174,7 @@ impl PolicyMaps {
             Op::Cell(_, Some(_)) => stretch!(cell, Cell, |entry: &CellEntry| *entry),
             Op::Prefix(_, Some(_)) => stretch!(prefix, Prefix, |word: &CellWord| *word),
             Op::Set(_, Some(_)) => stretch!(set, Set, |set: &SetEntry| *set),
+            Op::Hits(_, Some(_)) => stretch!(hits, Hits, |start: &Start| self.begin(*start)),
             Op::Page(_, Some(_)) => stretch!(page, Page, |page: &PortPage| *page),
             _ => None,
         }

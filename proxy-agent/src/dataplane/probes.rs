@@ -7,21 +7,22 @@
 
 use std::fs::File;
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf, StackTraceMap};
-use aya::programs::{BtfTracePoint, Iter, ProgramError};
+use aya::programs::{BtfTracePoint, Iter, ProgramError, SchedClassifier, Xdp};
 use aya::{Btf, Ebpf, EbpfError, EbpfLoader};
 use nix::fcntl::{Flock, FlockArg};
 use proxy_abi::trace::{
     self, TraceControl, TraceDecision, TraceDropKey, TraceDrops, TraceEnd, TraceEvent, TraceFilter, TraceHookEntry,
-    TraceHookKey, TracePacket, TraceRow,
+    TraceHookKey, TracePacket, TraceRow, listener,
 };
 
 use super::pins::Pins;
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/trace.o"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/trace.o"));
 
 /// Program and tracepoint.
 const FOLLOWING: [(&str, &str); 5] = [
@@ -79,6 +80,14 @@ pub enum ProbeError {
     /// The list of hooks cannot be read.
     #[error("read the iterator over tasks")]
     Iterator(#[source] io::Error),
+    /// A program that is run by itself did not run.
+    #[error("run {program}")]
+    Run {
+        /// The program.
+        program: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
 }
 
 /// What is loaded.
@@ -88,7 +97,7 @@ pub enum Probing {
     Packets,
     /// Drops are grouped.
     Drops,
-    /// Nothing but the list of hooks.
+    /// Nothing is watched: the list of hooks, and who listens.
     Hooks,
 }
 
@@ -123,7 +132,7 @@ pub struct Probes {
     head_offset: u32,
     lost_before: u64,
     programs: &'static [(&'static str, &'static str)],
-    _lock: Flock<File>,
+    _lock: Option<Flock<File>>,
 }
 
 impl std::fmt::Debug for Probes {
@@ -132,8 +141,15 @@ impl std::fmt::Debug for Probes {
     }
 }
 
-fn map_error(map: &'static str) -> impl FnOnce(aya::maps::MapError) -> ProbeError {
+pub(super) fn map_error(map: &'static str) -> impl FnOnce(aya::maps::MapError) -> ProbeError {
     move |source| ProbeError::Map { map, source: Box::new(source) }
+}
+
+fn v6(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    }
 }
 
 /// Held by the one reader of this network namespace.
@@ -158,7 +174,8 @@ impl Probes {
         buffer: u32,
         what: Probing,
     ) -> Result<Self, ProbeError> {
-        let lock = lock()?;
+        // Who watches nothing is in nobody's way.
+        let lock = if what == Probing::Hooks { None } else { Some(lock()?) };
         let types = Btf::from_sys_fs().map_err(ProbeError::Types)?;
         let shared = pins.map(Pins::maps).filter(|maps| trace::map::ALL.iter().all(|name| maps.join(name).exists()));
         let mut loader = EbpfLoader::new();
@@ -234,7 +251,7 @@ impl Probes {
         HashMap::try_from(map).map_err(map_error(name))
     }
 
-    /// Begins to follow what matches, or something else from now on.
+    /// Begins to follow what matches, or something else from now on. [`TraceFilter::ends`] is filled in here.
     ///
     /// # Errors
     /// [`ProbeError::Map`], also when there are more ends than room.
@@ -244,7 +261,9 @@ impl Probes {
         ends: &[(TraceEnd, u32)],
         rows: &[TraceRow],
     ) -> Result<(), ProbeError> {
-        let off = TraceFilter { flags: 0, ..*filter };
+        let filter =
+            TraceFilter { ends: ends.iter().fold(0, |bits, (end, _)| bits | TraceFilter::bit_of(&end.ip)), ..*filter };
+        let off = TraceFilter { flags: 0, ..filter };
         self.array::<TraceFilter>("trace_filter")?.set(0, off, 0).map_err(map_error("trace_filter"))?;
         let mut map = self.hash::<TraceEnd, u32>("trace_end")?;
         for (end, sides) in ends {
@@ -254,6 +273,8 @@ impl Probes {
         for (index, row) in (0..trace::ROWS).zip(rows) {
             map.set(index, row, 0).map_err(map_error("trace_row"))?;
         }
+        // What is followed no more is nobody's.
+        self.array::<TraceControl>("trace")?.set(trace::FOLLOWED, TraceControl::OFF, 0).map_err(map_error("trace"))?;
         self.array::<TraceFilter>("trace_filter")?.set(0, filter, 0).map_err(map_error("trace_filter"))
     }
 
@@ -265,11 +286,11 @@ impl Probes {
         let head_offset = self.head_offset;
         let now = self.control()?;
         let control = TraceControl { until, head_offset, ..now };
-        self.array::<TraceControl>("trace")?.set(0, control, 0).map_err(map_error("trace"))
+        self.array::<TraceControl>("trace")?.set(trace::CONTROL, control, 0).map_err(map_error("trace"))
     }
 
     fn control(&mut self) -> Result<TraceControl, ProbeError> {
-        self.array("trace")?.get(&0, 0).map_err(map_error("trace"))
+        self.array("trace")?.get(&trace::CONTROL, 0).map_err(map_error("trace"))
     }
 
     /// Decisions that found no room since [`Probes::open`].
@@ -367,6 +388,64 @@ impl Probes {
         Ok(self.hash("trace_hook")?.iter().flatten().collect())
     }
 
+    /// Would a packet that goes from one end to the other find a socket in a network namespace? `nsid`: its id in this
+    /// one, negative for this one itself; `ifindex`: an interface of this namespace that the packet is taken to be at.
+    ///
+    /// # Errors
+    /// [`ProbeError::Program`], [`ProbeError::Run`] when there is no such interface.
+    pub fn listens(
+        &mut self,
+        (from, to): (SocketAddr, SocketAddr),
+        is_tcp: bool,
+        nsid: i32,
+        ifindex: u32,
+    ) -> Result<bool, ProbeError> {
+        let name = if is_tcp { "listener_tcp" } else { "listener_udp" };
+        let refused = |source| ProbeError::Program { program: name, source: Box::new(source) };
+        let mut words = listener::Question::default();
+        let (bytes, v4): (Vec<u8>, u32) = match (from.ip(), to.ip()) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => ([from.octets(), to.octets()].concat(), 1),
+            (from, to) => ([v6(from), v6(to)].concat(), 0),
+        };
+        let ports = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
+        for (word, bytes) in words.iter_mut().zip([bytes, ports].concat().chunks_exact(4)) {
+            *word = bytes.try_into().map_or(0, u32::from_ne_bytes);
+        }
+        words[listener::NAMESPACE] = nsid.cast_unsigned();
+        words[listener::V4] = v4;
+        self.array::<listener::Question>("trace_listener")?.set(0, words, 0).map_err(map_error("trace_listener"))?;
+        let program: &mut SchedClassifier =
+            self.ebpf.program_mut(name).ok_or(ProbeError::NoMap(name))?.try_into().map_err(refused)?;
+        match program.load() {
+            Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
+            Err(error) => return Err(refused(error)),
+        }
+        // The kernel wants a frame with a header of IP.
+        let mut frame = [0_u8; 64];
+        frame[12..14].copy_from_slice(&[0x08, 0x00]);
+        let fd = program.fd().map_err(refused)?.as_fd();
+        let run = super::sysbpf::test_run(fd, &frame, (ifindex, 0), 1);
+        let run = run.map_err(|source| ProbeError::Run { program: name, source })?;
+        Ok(run.verdict.cast_signed() == listener::FOUND)
+    }
+
+    /// Lets a frame arrive at an interface of this namespace, as if the other end of a veth had sent it.
+    ///
+    /// # Errors
+    /// [`ProbeError::Program`], [`ProbeError::Run`] when there is no such interface.
+    pub fn arrive(&mut self, frame: &[u8], ifindex: u32) -> Result<(), ProbeError> {
+        const NAME: &str = "arrive";
+        let refused = |source| ProbeError::Program { program: NAME, source: Box::new(source) };
+        let program: &mut Xdp =
+            self.ebpf.program_mut(NAME).ok_or(ProbeError::NoMap(NAME))?.try_into().map_err(refused)?;
+        match program.load() {
+            Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
+            Err(error) => return Err(refused(error)),
+        }
+        let fd = program.fd().map_err(refused)?.as_fd();
+        super::sysbpf::arrive(fd, frame, ifindex).map_err(|source| ProbeError::Run { program: NAME, source })
+    }
+
     /// What the probes have cost so far, by the kernel's account: times only while statistics are on.
     pub fn cost(&self) -> Cost {
         let mut cost = Cost::default();
@@ -429,6 +508,7 @@ fn event(bytes: &[u8]) -> Option<TraceEvent> {
         head: f.long()?,
         location: f.long()?,
         nfct: f.long()?,
+        cookie: f.long()?,
         netns: f.word()?,
         ifindex: f.word()?,
         device: f.bytes()?,
@@ -446,7 +526,7 @@ fn event(bytes: &[u8]) -> Option<TraceEvent> {
     })
 }
 
-fn decision(bytes: &[u8]) -> Option<TraceDecision> {
+pub(super) fn decision(bytes: &[u8]) -> Option<TraceDecision> {
     let mut f = Fields(bytes);
     Some(TraceDecision {
         at: f.long()?,

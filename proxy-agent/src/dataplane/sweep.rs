@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use proxy_abi::FlowEntry;
 use proxy_abi::flow::state;
+use proxy_ebpf::conntrack::UdpIdle;
 
 use super::Error;
 use super::pins::Maps;
@@ -20,15 +21,32 @@ pub struct Timeouts {
     pub established: Duration,
     /// One side has closed: kube-proxy's `conntrack.tcpCloseWaitTimeout`, 1 hour.
     pub half_closed: Duration,
+    /// Not TCP, without an answer: kube-proxy's `conntrack.udpTimeout`, where it is not 0; 30 seconds, as the kernel has it.
+    pub udp: Duration,
+    /// Not TCP, with answers: `conntrack.udpStreamTimeout`, 2 minutes.
+    pub udp_stream: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { established: Duration::from_hours(24), half_closed: Duration::from_hours(1) }
+        let udp = UdpIdle::DEFAULT;
+        Self {
+            established: Duration::from_hours(24),
+            half_closed: Duration::from_hours(1),
+            udp: Duration::from_nanos(udp.unreplied),
+            udp_stream: Duration::from_nanos(udp.assured),
+        }
     }
 }
 
 impl Timeouts {
+    /// What the programs are to know: they forget by themselves what is not TCP.
+    pub fn udp_idle(&self) -> UdpIdle {
+        let [unreplied, assured] =
+            [self.udp, self.udp_stream].map(|time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        UdpIdle { unreplied, assured }
+    }
+
     /// Is this entry past its time, `now` being CLOCK_MONOTONIC in nanoseconds?
     pub fn is_over(&self, entry: &FlowEntry, now: u64) -> bool {
         let idle = Duration::from_nanos(now.saturating_sub(entry.last_seen));

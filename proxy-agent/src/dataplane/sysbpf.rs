@@ -1,8 +1,8 @@
 //! bpf(2) where aya has no call for it: links by interface index, their update in place, batches, queries.
 //!
-//! The only file of the agent with `unsafe`. Every attribute struct is the prefix of `union bpf_attr`
+//! The only module of the agent with `unsafe`. Every attribute struct is the prefix of `union bpf_attr`
 //! (include/uapi/linux/bpf.h) that its command reads; the kernel takes the rest for zero.
-#![expect(unsafe_code, reason = "system calls; the only file of the agent that has them")]
+#![expect(unsafe_code, reason = "system calls; the only module of the agent that has them")]
 
 use std::ffi::CString;
 use std::io;
@@ -12,6 +12,10 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use aya::Pod;
+
+mod run;
+
+pub use run::{At, TestRun, arrive, test_run};
 
 /// Commands of `enum bpf_cmd`.
 mod command {
@@ -518,70 +522,6 @@ pub fn map_create_array(name: &str, value_size: u32, entries: u32) -> io::Result
     attr.name.iter_mut().take(15).zip(name.bytes()).for_each(|(to, from)| *to = from);
     // SAFETY: no pointers.
     own(unsafe { bpf(command::MAP_CREATE, &mut attr) }?)
-}
-
-/// What a program did with a packet.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TestRun {
-    /// Its return value.
-    pub verdict: u32,
-    /// The packet afterwards.
-    pub packet: Vec<u8>,
-    /// Nanoseconds for one run, on average.
-    pub nanoseconds: u32,
-}
-
-/// Interface where a packet is, and the one by which it came into the node; 0 = it was made here.
-pub type At = (u32, u32);
-
-/// Runs a tc program on a packet without a device (`BPF_PROG_TEST_RUN`); the kernel gives it a socket.
-pub fn test_run(program: BorrowedFd<'_>, packet: &[u8], at: At, repeat: u32) -> io::Result<TestRun> {
-    #[repr(C)]
-    struct Attr {
-        program: u32,
-        verdict: u32,
-        size_in: u32,
-        size_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-        context_size_in: u32,
-        context_size_out: u32,
-        context_in: u64,
-        context_out: u64,
-        flags: u32,
-        cpu: u32,
-        batch: u32,
-        pad: u32,
-    }
-    let mut out = vec![0_u8; packet.len() + 256];
-    // `struct __sk_buff`: `ingress_ifindex`, and `ifindex`, which the kernel takes for the device of the packet.
-    let mut context = [0_u32; 48];
-    (context[10], context[9]) = at;
-    let len = |n: usize| u32::try_from(n).map_err(io::Error::other);
-    let mut attr = Attr {
-        program: raw(program),
-        verdict: 0,
-        size_in: len(packet.len())?,
-        size_out: len(out.len())?,
-        data_in: packet.as_ptr() as u64,
-        data_out: out.as_mut_ptr() as u64,
-        repeat,
-        duration: 0,
-        context_size_in: len(size_of_val(&context))?,
-        context_size_out: 0,
-        context_in: context.as_ptr() as u64,
-        context_out: 0,
-        flags: 0,
-        cpu: 0,
-        batch: 0,
-        pad: 0,
-    };
-    // SAFETY: all buffers are as long as said and live until the call returns.
-    unsafe { bpf(command::PROG_TEST_RUN, &mut attr) }?;
-    out.truncate(attr.size_out as usize);
-    Ok(TestRun { verdict: attr.verdict, packet: out, nanoseconds: attr.duration })
 }
 
 /// Cookie of the network namespace of the calling thread: what `bpf_get_netns_cookie` returns there (Linux 5.14).

@@ -135,12 +135,13 @@ fn fixed_capacity(name: &str) -> Option<u32> {
         map::LOCAL_POD => capacity::LOCAL_POD,
         map::FRAGMENT => capacity::FRAGMENT,
         map::SOCKET => capacity::SOCKET,
+        map::CGROUP_POD => capacity::CGROUP_POD,
         map::PREFIX => capacity::PREFIX,
         map::AFFINITY => capacity::AFFINITY,
         map::COUNTER => proxy_abi::verdict::COUNTERS,
         policy_map::EPOCH => 1,
         policy_map::SLOT => 2 * policy_capacity::SLOT,
-        policy_map::POD => policy_capacity::SLOT,
+        policy_map::POD | policy_map::POD_HITS => policy_capacity::SLOT,
         policy_map::BLOCK => policy_capacity::BLOCK,
         policy_map::SET => policy_capacity::SET,
         policy_map::IP => policy_capacity::IP,
@@ -148,6 +149,7 @@ fn fixed_capacity(name: &str) -> Option<u32> {
         policy_map::PAGE => 2 * policy::PAGES,
         policy_map::CELL => policy_capacity::CELL,
         policy_map::BITS => policy_capacity::BITS,
+        policy_map::HITS => policy_capacity::HITS,
         _ => return None,
     })
 }

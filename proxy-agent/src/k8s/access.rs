@@ -33,6 +33,8 @@ const PROBES: u32 = 3;
 #[derive(Clone)]
 pub(super) struct Server {
     pub(super) url: String,
+    /// Host and port, without scheme and path.
+    pub(super) host: String,
     pub(super) client: Client,
 }
 
@@ -44,7 +46,9 @@ pub(super) async fn login(config: &KubeConfig) -> Result<Vec<Server>, SourceErro
     let built = tokio::task::spawn_blocking(move || {
         let server = |config: Config| {
             let client = client(&config, answer)?;
-            Ok(Server { url: config.cluster_url.to_string().trim_end_matches('/').to_owned(), client })
+            let url = config.cluster_url.to_string().trim_end_matches('/').to_owned();
+            let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+            Ok(Server { url, host, client })
         };
         clients.into_iter().map(server).collect::<Result<Vec<_>, kube::Error>>()
     });

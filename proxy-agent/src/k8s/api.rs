@@ -8,7 +8,8 @@
 //! ```
 //!
 //! NetworkPolicies are watched always; Pods and Namespaces, which are many, only from when a NetworkPolicy has been seen:
-//! a cluster without policies pays nothing for them.
+//! a cluster without policies pays nothing for them. Where sockets of pods are translated, Pods are watched always, for
+//! their annotation.
 //!
 //! Only a whole listing says what is gone (`Listed`), only the server's own DELETED says so otherwise. No failure ends a
 //! watch: it waits, longer each time, and goes on from the version it had.
@@ -40,7 +41,7 @@ use super::convert::{LABEL_HEADLESS, LABEL_PROXY_NAME};
 use super::metrics::{SourceMetrics, WatchMetrics};
 use super::transport::Transport;
 use super::trouble::Trouble;
-use super::{KubeConfig, SourceError, Timing};
+use super::{KubeConfig, PodWatch, SourceError, Timing};
 
 mod kind;
 mod translate;
@@ -67,6 +68,7 @@ const ABSENT_GAP: Duration = Duration::from_mins(10);
 pub(super) async fn start(
     config: KubeConfig,
     node_name: &str,
+    pods: PodWatch,
     tx: &Sender<Event>,
     metrics: &Arc<SourceMetrics>,
     tasks: &mut JoinSet<()>,
@@ -94,7 +96,14 @@ pub(super) async fn start(
     tasks.spawn(watch.clone().run::<networking_v1::NetworkPolicy>(client(), all.clone(), logins()));
     tasks.spawn(watch.clone().run_for_policies::<core_v1::Namespace>(client(), all, logins()));
     let living = watcher::Config::default().page_size(PAGE_OF_PODS).fields(LIVING);
-    tasks.spawn(watch.clone().run_for_policies::<core_v1::Pod>(client(), living, logins()));
+    match pods {
+        PodWatch::ForPolicies => {
+            tasks.spawn(watch.clone().run_for_policies::<core_v1::Pod>(client(), living, logins()));
+        }
+        PodWatch::Always => {
+            tasks.spawn(watch.clone().run::<core_v1::Pod>(client(), living, logins()));
+        }
+    }
     tasks.spawn(watch.run::<core_v1::Node>(client(), own, logins()));
     Ok(())
 }

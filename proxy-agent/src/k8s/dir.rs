@@ -22,8 +22,8 @@ use proxy_core::event::Event;
 use tokio::sync::mpsc::Sender;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::SourceError;
 use super::folder::{Folder, Place, is_manifest};
+use super::{PodWatch, SourceError};
 
 /// A batch of changes ends after this much quiet.
 const QUIET: Duration = Duration::from_millis(2);
@@ -65,7 +65,7 @@ struct Dirty {
 
 impl DirSource {
     /// Fails when the folder is not there, or inotify is not to be had.
-    pub(super) fn open(root: &Path, node_name: &str, tx: Sender<Event>) -> Result<Self, SourceError> {
+    pub(super) fn open(root: &Path, node_name: &str, pods: PodWatch, tx: Sender<Event>) -> Result<Self, SourceError> {
         let folder = |source| SourceError::Folder { path: root.to_owned(), source };
         if !fs::metadata(root).map_err(folder)?.is_dir() {
             return Err(SourceError::NotAFolder { path: root.to_owned() });
@@ -73,7 +73,7 @@ impl DirSource {
         let stream = Inotify::init()
             .and_then(|inotify| inotify.into_event_stream(vec![0; BUFFER]))
             .map_err(|source| SourceError::Inotify { source })?;
-        let folder = Folder::new(root.to_owned(), node_name.into());
+        let folder = Folder::new(root.to_owned(), node_name.into(), pods);
         Ok(Self { folder, stream, watched: HashMap::new(), pending: Dirty::default(), tx })
     }
 
@@ -158,7 +158,8 @@ impl DirSource {
         &mut self,
         work: impl FnOnce(&mut Folder) -> T + Send + 'static,
     ) -> Result<T, Stopped> {
-        let mut folder = std::mem::replace(&mut self.folder, Folder::new(PathBuf::new(), Arc::from("")));
+        let mut folder =
+            std::mem::replace(&mut self.folder, Folder::new(PathBuf::new(), Arc::from(""), PodWatch::default()));
         let done = tokio::task::spawn_blocking(move || {
             let result = work(&mut folder);
             (folder, result)

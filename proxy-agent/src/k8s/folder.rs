@@ -5,7 +5,7 @@
 //! read when the agent starts has said nothing before: then `Unreadable` comes before the first `Listed`, until all of it
 //! can be read or is gone.
 //!
-//! Pods and Namespaces are told of from when there is a NetworkPolicy. A NetworkPolicy that is named and has never been
+//! Pods and Namespaces are told of from when there is a NetworkPolicy, or Pods always, where that is asked for. A NetworkPolicy that is named and has never been
 //! readable isolates its namespace: nobody knows what it was going to say.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +21,7 @@ use proxy_core::name::ObjectName;
 use proxy_core::netpol::reconcile::PolicyListing;
 use proxy_core::netpol::spec::{Change, PolicySpec};
 
+use super::PodWatch;
 use super::convert::unreadable_policy;
 use super::manifest::{self, Found, Kind, Object, ObjectKey};
 
@@ -40,6 +41,7 @@ pub(super) struct Folder {
     listed: bool,
     /// There has been a NetworkPolicy.
     policies: bool,
+    pods: PodWatch,
     /// Files that could not be read in full when the agent started, and cannot yet; the receiver was told that there are
     /// some. What breaks later has a last good version, or was never in the maps.
     lacking: BTreeSet<PathBuf>,
@@ -124,7 +126,7 @@ pub struct Manifests {
 /// Reads a folder once.
 pub fn read_policies(root: &Path) -> Manifests {
     let mut read = Manifests::default();
-    for event in Folder::new(root.to_owned(), "".into()).scan(true, &mut |_| {}) {
+    for event in Folder::new(root.to_owned(), "".into(), PodWatch::default()).scan(true, &mut |_| {}) {
         match event {
             Event::NetworkPolicy(Change::Policy(policy)) => read.policies.push(policy),
             Event::Diagnostics { findings, .. } => read.problems.extend(findings),
@@ -137,7 +139,7 @@ pub fn read_policies(root: &Path) -> Manifests {
 // === impl Folder ===
 
 impl Folder {
-    pub(super) fn new(root: PathBuf, node_name: Arc<str>) -> Self {
+    pub(super) fn new(root: PathBuf, node_name: Arc<str>, pods: PodWatch) -> Self {
         Self {
             root,
             node_name,
@@ -148,6 +150,7 @@ impl Folder {
             unreadable: BTreeMap::new(),
             listed: false,
             policies: false,
+            pods,
             lacking: BTreeSet::new(),
         }
     }
@@ -309,7 +312,7 @@ impl Folder {
 
     /// Tells the receiver what an object is now, if that is news.
     fn settle(&mut self, key: &ObjectKey, events: &mut Vec<Event>) {
-        if key.kind.is_for_policies() && !self.policies {
+        if key.kind.is_for_policies() && !self.policies && !(key.kind == Kind::Pod && self.pods == PodWatch::Always) {
             return;
         }
         let mut now = Published::default();
@@ -415,6 +418,8 @@ impl Folder {
         events.push(Event::NetworkPolicyListed(policies));
         if self.policies {
             events.extend(self.listing_for_policies());
+        } else if self.pods == PodWatch::Always {
+            events.push(Event::NetworkPolicyListed(PolicyListing::Pods(named(Kind::Pod).collect())));
         }
         events.push(Event::Listed(Source::Node, Listing::Node));
         events

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::requests::Requests;
 use super::trouble::Trouble;
 
 /// Counters of a source.
@@ -22,6 +23,8 @@ pub struct SourceMetrics {
     pub namespaces: WatchMetrics,
     /// The watch on Pods, which begins with the first NetworkPolicy.
     pub pods: WatchMetrics,
+    /// Requests of all watches, to all servers.
+    pub requests: Requests,
     /// New logins: clients built anew because credentials changed or were refused.
     pub logins: AtomicU64,
     /// Switches from one API server to another.

@@ -195,7 +195,10 @@ impl Transport {
     async fn ask(&self, server: &Server, request: Request<Body>) -> Result<Response<Body>, BoxError> {
         let silent = |waited| TransportError::Silent { server: server.url.clone(), waited };
         let watch = request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true"));
+        let (method, begin) = (request.method().clone(), Instant::now());
         let answer = timeout(self.timing.answer, server.client.send(request)).await;
+        let status = answer.as_ref().ok().and_then(|answer| Some(answer.as_ref().ok()?.status()));
+        self.metrics.requests.count(&server.host, &method, status, begin.elapsed());
         let answer = answer.map_err(|_| silent(self.timing.answer))??;
         if watch && answer.status().is_success() {
             return Ok(answer);

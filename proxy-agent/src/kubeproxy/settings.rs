@@ -148,6 +148,8 @@ impl Settings {
             timeouts: Timeouts {
                 established: given(config.conntrack.tcp_established_timeout).unwrap_or(timeouts.established),
                 half_closed: given(config.conntrack.tcp_close_wait_timeout).unwrap_or(timeouts.half_closed),
+                udp: given(config.conntrack.udp_timeout).unwrap_or(timeouts.udp),
+                udp_stream: given(config.conntrack.udp_stream_timeout).unwrap_or(timeouts.udp_stream),
             },
             flows: flows(&config),
             oom_score_adj: config.oom_score_adj,
@@ -286,7 +288,6 @@ fn ignored(config: &KubeProxyConfiguration) -> Vec<Ignored> {
     let other = "only the section of `mode` counts, as by kube-proxy (iptables when there is none)";
     let ipvs = "there is no IPVS here";
     let windows = "it is for Windows nodes";
-    let flow = "UDP flows make room when it is needed, the oldest first, and end with their backend";
     let local = "pods of this node are known by their own interfaces, under whatever bridge or name";
     let rows = [
         (
@@ -344,8 +345,6 @@ fn ignored(config: &KubeProxyConfiguration) -> Vec<Ignored> {
         ("winkernel.rootHnsEndpointName", text(&config.winkernel.root_hns_endpoint_name, ""), windows),
         ("winkernel.forwardHealthCheckVip", on(config.winkernel.forward_health_check_vip), windows),
         ("windowsRunAsService", on(config.windows_run_as_service), windows),
-        ("conntrack.udpTimeout", span(config.conntrack.udp_timeout, 0), flow),
-        ("conntrack.udpStreamTimeout", span(config.conntrack.udp_stream_timeout, 0), flow),
         ("configSyncPeriod", span(config.config_sync_period, 900), "nothing is asked for again that a watch tells"),
         ("portRange", text(&config.port_range, "0-0"), "NodePorts take no ports of the node's sockets"),
         (

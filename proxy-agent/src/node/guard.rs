@@ -139,11 +139,17 @@ pub fn remove() -> Result<(), GuardError> {
 }
 
 /// Removes the table where there is one; a line that says so.
-pub fn remove_if_there() -> Option<String> {
+///
+/// # Errors
+/// Without `nft`, which alone can tell; or what it refused.
+pub fn remove_if_there() -> Result<Option<String>, GuardError> {
     let mut list = Command::new("nft");
     list.args(["list", "table", "bridge", TABLE]).stdout(Stdio::null()).stderr(Stdio::null());
-    let there = list.status().is_ok_and(|status| status.success());
-    (there && remove().is_ok()).then(|| format!("nftables table bridge {TABLE}"))
+    if !list.status()?.success() {
+        return Ok(None);
+    }
+    remove()?;
+    Ok(Some(format!("nftables table bridge {TABLE}")))
 }
 
 /// What is to be said about a guard that cannot be.

@@ -4,8 +4,8 @@
 //! is another: kube-proxy's users scrape this one, and their dashboards know these names.
 
 use std::fmt::Write as _;
-use std::sync::Mutex;
-use std::time::Duration;
+
+use crate::histogram::Histogram;
 
 /// A text that grows.
 #[derive(Debug, Default)]
@@ -56,62 +56,35 @@ impl Exposition {
         self.sample(name, &[], value);
     }
 
-    /// A whole histogram.
+    /// A family of one histogram.
     pub fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) {
+        self.histograms(name, help, [(&[][..], histogram)]);
+    }
+
+    /// A family of histograms with labels.
+    pub fn histograms<'a>(
+        &mut self,
+        name: &str,
+        help: &str,
+        all: impl IntoIterator<Item = (&'a [(&'a str, &'a str)], &'a Histogram)>,
+    ) {
         self.head(name, "histogram", help);
-        let Ok(seen) = histogram.seen.lock() else { return };
         let bucket = format!("{name}_bucket");
-        let mut below = 0;
-        for (bound, count) in histogram.bounds.iter().zip(&seen.counts) {
-            below += count;
-            self.sample(&bucket, &[("le", &bound.to_string())], float(below));
+        for (labels, histogram) in all {
+            let Some(seen) = histogram.read() else { continue };
+            for (bound, below) in seen.below {
+                let bound = bound.to_string();
+                self.sample(&bucket, &[labels, &[("le", &bound)]].concat(), float(below));
+            }
+            self.sample(&bucket, &[labels, &[("le", "+Inf")]].concat(), float(seen.count));
+            self.sample(&format!("{name}_sum"), labels, seen.sum);
+            self.sample(&format!("{name}_count"), labels, float(seen.count));
         }
-        self.sample(&bucket, &[("le", "+Inf")], float(seen.count));
-        self.sample(&format!("{name}_sum"), &[], seen.sum);
-        self.sample(&format!("{name}_count"), &[], float(seen.count));
     }
 
     fn head(&mut self, name: &str, kind: &str, help: &str) {
         // Writing to a String does not fail.
         let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-}
-
-/// Times, counted in buckets.
-#[derive(Debug)]
-pub struct Histogram {
-    bounds: Vec<f64>,
-    seen: Mutex<Seen>,
-}
-
-#[derive(Debug)]
-struct Seen {
-    counts: Vec<u64>,
-    count: u64,
-    sum: f64,
-}
-
-impl Histogram {
-    /// With these upper bounds, in seconds, which rise.
-    pub fn new(bounds: Vec<f64>) -> Self {
-        let seen = Mutex::new(Seen { counts: vec![0; bounds.len()], count: 0, sum: 0.0 });
-        Self { bounds, seen }
-    }
-
-    /// `first`, and `count` bounds in all, each twice the one before.
-    pub fn doubling(first: f64, count: u32) -> Self {
-        Self::new((0..count).map(|n| first * f64::from(1_u32 << n)).collect())
-    }
-
-    /// Counts one.
-    pub fn observe(&self, time: Duration) {
-        let Ok(mut seen) = self.seen.lock() else { return };
-        let seconds = time.as_secs_f64();
-        if let Some(at) = self.bounds.iter().position(|bound| seconds <= *bound) {
-            seen.counts[at] += 1;
-        }
-        seen.count += 1;
-        seen.sum += seconds;
     }
 }
 

@@ -13,9 +13,11 @@ use proxy_core::event::Event;
 use proxy_core::facts::Facts;
 
 use super::clock::unix_seconds;
-use super::exposition::{Exposition, Histogram, Kind, float};
+use super::exposition::{Exposition, Kind, float};
+use super::hits::{Counted, Numbers, NumbersOf, ReadNumbers};
 use super::process::Process;
-use crate::k8s::{SourceMetrics, Trouble, WatchMetrics};
+use crate::histogram::Histogram;
+use crate::k8s::{Requests, SourceMetrics, Trouble, WatchMetrics};
 
 /// Packets that left a hook for a reason, over all CPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +111,7 @@ pub struct Metrics {
     failed_sweeps: AtomicU64,
     state: Mutex<State>,
     packets: OnceLock<PacketsOf>,
+    numbers: OnceLock<NumbersOf>,
     watches: OnceLock<Arc<SourceMetrics>>,
 }
 
@@ -135,6 +138,7 @@ struct State {
     facts: Facts,
     maps: BTreeMap<&'static str, Usage>,
     policy: PolicyRound,
+    counted: Counted,
     queued: Option<SystemTime>,
     synced: Option<SystemTime>,
 }
@@ -145,6 +149,7 @@ struct Seen {
     process: Process,
     tasks: u64,
     packets: Vec<Packets>,
+    numbers: Numbers,
 }
 
 impl Default for Metrics {
@@ -171,6 +176,7 @@ impl Default for Metrics {
             failed_sweeps: AtomicU64::default(),
             state: Mutex::default(),
             packets: OnceLock::new(),
+            numbers: OnceLock::new(),
             watches: OnceLock::new(),
         }
     }
@@ -258,6 +264,20 @@ impl Metrics {
         }
     }
 
+    /// Whom the numbers of policies are about, from now on.
+    pub fn counted(&self, counted: Counted) {
+        if let Ok(mut state) = self.state.lock() {
+            state.counted = counted;
+        }
+    }
+
+    /// Where the numbers of policies are read.
+    pub fn read_numbers(&self, read: ReadNumbers) {
+        if self.numbers.set(NumbersOf(read)).is_err() {
+            tracing::debug!("numbers of policies were given twice");
+        }
+    }
+
     /// The established flows were looked through.
     pub fn sweep(&self, sweep: Sweep) {
         self.sweeps.observe(sweep.took);
@@ -284,6 +304,7 @@ impl Metrics {
             process: Process::now(),
             tasks: u64::try_from(tasks).unwrap_or_default(),
             packets: self.packets.get().map(|read| read.0()).unwrap_or_default(),
+            numbers: self.numbers.get().map(|read| read.0()).unwrap_or_default(),
         })
     }
 }
@@ -314,8 +335,10 @@ impl Metrics {
         self.kube_proxy(&mut out, &state, &seen.packets);
         process(&mut out, seen);
         self.own(&mut out, &state, &seen.packets);
+        state.counted.write(&mut out, &seen.numbers);
         if let Some(watches) = self.watches.get() {
             watched(&mut out, watches);
+            requested(&mut out, &watches.requests);
         }
         out.into_text()
     }
@@ -509,6 +532,21 @@ fn watched(out: &mut Exposition, all: &SourceMetrics) {
     }
     out.single("proxy_agent_logins_total", Kind::Counter, "Logins with new credentials", load(&all.logins));
     out.single("proxy_agent_failovers_total", Kind::Counter, "Switches between API servers", load(&all.failovers));
+}
+
+fn requested(out: &mut Exposition, requests: &Requests) {
+    let name = "rest_client_requests_total";
+    out.family(name, Kind::Counter, "Requests to the API servers by status, method and host");
+    for (kind, count) in requests.counts() {
+        out.sample(name, &[("code", &kind.code), ("host", &kind.host), ("method", &kind.method)], float(count));
+    }
+    let durations = requests.durations();
+    let labels: Vec<_> = durations.iter().map(|((verb, host), _)| [("host", &**host), ("verb", &**verb)]).collect();
+    out.histograms(
+        "rest_client_request_duration_seconds",
+        "Time until the headers of an answer came",
+        labels.iter().zip(&durations).map(|(labels, (_, histogram))| (&labels[..], &**histogram)),
+    );
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU16;
 
+use proxy_abi::policy::{HitsEntry, PodHits};
 use proxy_core::facts::HealthCheck;
 use proxy_core::name::ObjectName;
 use proxy_core::service::EndpointSlice;
@@ -24,7 +25,7 @@ fn the_whole_exposition() {
     metrics.round(Round { took: ms(3), applied: 1, failed: 2, settled: false, full: false });
     metrics.programmed(ms(1_500));
     let check = HealthCheck { port: NonZeroU16::MIN, local_endpoints: 1 };
-    metrics.facts(&Facts { health_checks: [(name, check)].into(), no_local_internal: 2, no_local_external: 3 });
+    metrics.facts(&Facts { health_checks: [(name.clone(), check)].into(), no_local_internal: 2, no_local_external: 3 });
     metrics.map("backend", Usage { entries: 3, capacity: 12 });
     metrics.map("service", Usage { entries: 1, capacity: 0 });
     metrics.policy(PolicyRound {
@@ -38,6 +39,18 @@ fn the_whole_exposition() {
         revision: 9,
         settled: true,
     });
+    let [p, q] = ["p", "q"].map(|policy| ObjectName::new("ns", policy));
+    metrics.counted(Counted {
+        // A rule of both, one of one, and what neither allows; a row that nobody has counted yet.
+        rules: [
+            (1, (true, vec![p.clone(), q.clone()])),
+            (2, (true, vec![q.clone()])),
+            (3, (false, vec![p.clone(), q])),
+            (4, (true, vec![p])),
+        ]
+        .into(),
+        pods: [(7, ObjectName::new("ns", "web"))].into(),
+    });
     metrics.sweep(Sweep { took: ms(2), removed: Some(5) });
     metrics.sweep(Sweep { took: ms(40_000), removed: None });
     for code in [200, 503, 200] {
@@ -48,6 +61,10 @@ fn the_whole_exposition() {
     watches.services.listings.store(1, Ordering::Relaxed);
     watches.services.events.store(4, Ordering::Relaxed);
     watches.services.last_event_ms.store(1_700_000_000_500, Ordering::Relaxed);
+    let status = |code| http::StatusCode::from_u16(code).ok();
+    for (status, took) in [(status(200), 4), (status(200), 300), (status(410), 20), (None, 70_000)] {
+        watches.requests.count("10.0.0.1:6443", &http::Method::GET, status, ms(took));
+    }
     metrics.watches(watches);
     {
         let mut state = metrics.state.lock().expect("one thread");
@@ -71,6 +88,14 @@ fn the_whole_exposition() {
             row(Hook::FromPod, Reason::NoFlow, 2),
             row(Hook::ToPod, Reason::NoFlow, 0),
         ],
+        numbers: Numbers {
+            rules: [(1, 4), (2, 5), (3, 6), (9, 100)].map(|(rule, count)| (rule, HitsEntry { count, since: 1 })).into(),
+            pods: [
+                (7, PodHits { refused: [8, 0], audited: [0, 9] }),
+                (8, PodHits { refused: [1; 2], audited: [1; 2] }),
+            ]
+            .into(),
+        },
     };
     let text = metrics.text(&seen);
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/src/serve/metrics.golden");
@@ -133,6 +158,8 @@ fn the_exposition_is_well_formed() {
         "process_open_fds",
         "process_start_time_seconds",
         "go_goroutines",
+        "rest_client_requests_total",
+        "rest_client_request_duration_seconds",
     ];
     let missing: Vec<_> = kept.into_iter().filter(|name| !families.contains(*name)).collect();
     assert_eq!(missing, [""; 0]);

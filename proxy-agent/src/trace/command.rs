@@ -12,7 +12,8 @@ use super::expect::{Absent, Expectation, Expectations, Outcome};
 use super::inventory::Which;
 use super::output::{Form, Output};
 use super::recorded::Recorded;
-use super::{TraceError, boot_epoch, difference, doctor, graph, inventory, live, output, picture, top};
+use super::why::flow::Stage;
+use super::{TraceError, boot_epoch, difference, doctor, graph, inventory, live, output, picture, top, why};
 
 /// `proxy-agent trace`.
 #[derive(Debug, Args)]
@@ -28,6 +29,9 @@ pub struct TraceArgs {
 enum Verb {
     /// Follow real packets (the default).
     Live(Box<LiveArgs>),
+    /// Would a packet arrive, and if not, why: the first cause and what to do. Nothing is sent, but with --inject.
+    #[command(after_help = WHY_EXAMPLES)]
+    Why(WhyArgs),
     /// What is dropped, grouped by reason and place, with advice.
     Drops(DropsArgs),
     /// Who is registered at netfilter's hooks, by network namespace.
@@ -46,6 +50,16 @@ enum Verb {
     /// What this kernel allows, and what tracing is without.
     Doctor(PinArgs),
 }
+
+const WHY_EXAMPLES: &str = "Examples:
+  trace why pod:shop/web-0 to svc:shop/api 80/tcp             would it arrive? If not, the first cause and what to do
+  trace why pod:shop/web-0 to svc:shop/api 80/tcp --inject    and send one real SYN: does it agree with that?
+  trace why pod:shop/web-0 to pod:shop/db:53/udp --watch 60s  and wait for the next real packet of it
+  trace why pod:shop/web-0 to svc:shop/api 80/tcp --ct est    what the next packet of their connection meets
+  trace why pod:shop/web-0 to svc:shop/api 80/tcp --ct reply  and what its answer meets on its way back
+
+Exit codes: 0 it arrives, 1 it does not, or a real packet shows something else than was said, 2 the command line is wrong,
+3 no real packet came or was seen, 4 it cannot be told to the end, 5 something is lacking, 130 interrupted.";
 
 #[derive(Clone, Debug, Args)]
 struct PinArgs {
@@ -138,6 +152,39 @@ struct LiveArgs {
 }
 
 #[derive(Debug, Args)]
+struct WhyArgs {
+    /// `END to END [PORT/PROTOCOL]`. END is pod:NS/NAME, node or an address, as receiver also svc:NS/NAME[:PORT]; without a
+    /// port an echo request is meant.
+    #[arg(value_name = "SELECTION", required = true)]
+    words: Vec<String>,
+    /// The source address that the sender's packets carry, where it is not its own.
+    #[arg(long, value_name = "ADDRESS")]
+    source: Option<std::net::IpAddr>,
+    /// Bytes of the packet, from its IP header on. Without it the headers alone.
+    #[arg(long, value_name = "BYTES", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=9_000))]
+    size: u16,
+    /// In which state of its flow the packet is: it opens one, or belongs to one of the flow tables.
+    #[arg(long = "ct", value_name = "STATE", value_enum, default_value_t = Stage::New)]
+    stage: Stage,
+    /// Send one real packet as the sender would (a SYN, a datagram without content, an echo request), follow it and say
+    /// whether it agrees. A connection that it begins is reset at once. It is the pod's at the node's end of its veth:
+    /// what is inside of the pod is not tried.
+    #[arg(long, conflicts_with_all = ["watch", "stage", "source"])]
+    inject: bool,
+    /// Wait so long (`60s`, `5m`) for the next real packet from the sender to the receiver, and say whether it agrees.
+    #[arg(long, value_name = "DURATION", value_parser = some_time)]
+    watch: Option<Duration>,
+    #[command(flatten)]
+    pins: PinArgs,
+    /// Folder of the CNI's results: names of pods.
+    #[arg(long, default_value = "/var/lib/cni/results", env = "PROXY_AGENT_CNI_RESULTS")]
+    cni_results: PathBuf,
+    /// Form of the output: tree or ndjson.
+    #[arg(short = 'o', long = "output", value_enum, default_value_t = Form::Tree)]
+    form: Form,
+}
+
+#[derive(Debug, Args)]
 struct DropsArgs {
     #[command(flatten)]
     node: NodeArgs,
@@ -197,6 +244,13 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// The same, but not 0.
+fn some_time(text: &str) -> Result<Duration, String> {
+    duration(text).and_then(|time| {
+        if time.is_zero() { Err(format!("`{text}`: nothing comes within no time; give 60s or 5m")) } else { Ok(time) }
+    })
+}
+
 fn sample(text: &str) -> Result<u32, String> {
     let number = text.strip_prefix("1/").unwrap_or(text).parse().ok().filter(|number| *number > 0);
     number.ok_or_else(|| format!("`{text}`: one of so many is `1/100`"))
@@ -208,6 +262,7 @@ impl TraceArgs {
         let done = match self.verb {
             None => follow(&self.live),
             Some(Verb::Live(live)) => follow(&live),
+            Some(Verb::Why(args)) => explain(args),
             Some(Verb::Drops(args)) => count(args),
             Some(Verb::Hooks(args)) => list(&args),
             Some(Verb::Graph(args) | Verb::Show(args)) => show(&args),
@@ -282,6 +337,28 @@ fn follow(args: &LiveArgs) -> Result<Outcome, TraceError> {
     let node = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let output = Output::new(args.form, target(args.file.as_deref())?, args.each, args.utc, boot_epoch());
     runtime()?.block_on(live::run(options, output, &node))
+}
+
+fn explain(args: WhyArgs) -> Result<Outcome, TraceError> {
+    let is_json = match args.form {
+        Form::Tree => false,
+        Form::Ndjson => true,
+        _ => return Err(TraceError::Usage("the answer is a tree or ndjson".to_owned())),
+    };
+    let options = why::Options {
+        pin_root: args.pins.pin_root,
+        cni: args.cni_results,
+        words: args.words,
+        source: args.source,
+        size: args.size,
+        is_json,
+        stage: args.stage,
+        inject: args.inject,
+        watch: args.watch,
+    };
+    let (text, outcome) = runtime()?.block_on(why::run(&options))?;
+    crate::view::lines(&[text], "");
+    Ok(outcome)
 }
 
 fn count(args: DropsArgs) -> Result<Outcome, TraceError> {
@@ -374,6 +451,15 @@ mod tests {
         assert!(matches!(parse("trace live any").expect("live").verb, Some(Verb::Live(live)) if live.words == ["any"]));
         assert!(matches!(parse("trace drops --once").expect("drops").verb, Some(Verb::Drops(args)) if args.once));
         assert!(matches!(parse("trace diff a b").expect("diff").verb, Some(Verb::Diff { .. })));
+        let why = parse("trace why pod:a/b to node --ct reply --watch 5m").expect("why");
+        assert!(
+            matches!(why.verb, Some(Verb::Why(args)) if args.stage == Stage::Reply && args.watch == Some(Duration::from_mins(5)))
+        );
+        assert!(matches!(parse("trace why a to b --inject").expect("why").verb, Some(Verb::Why(args)) if args.inject));
+        for more in ["--inject --watch 5s", "--inject --ct est", "--inject --source 10.0.0.1", "--watch 0s", "--ct old"]
+        {
+            assert!(parse(&format!("trace why a to b {more}")).is_err(), "{more}");
+        }
         for line in ["trace any --for soon", "trace any --sample 0", "trace any --expect well", "trace hooks --netns x"]
         {
             assert!(parse(line).is_err(), "{line}");

@@ -35,11 +35,11 @@ pub fn report(pin_root: &Path) -> Vec<Finding> {
     };
     for name in TRACEPOINTS {
         if !btf.has_tracepoint(name) {
-            say(Level::Problem, name, "this kernel has no such tracepoint".to_owned(), "Linux 5.15 or later");
+            say(Level::Problem, name, "this kernel has no such tracepoint".to_owned(), "Linux 6.1 or later");
         }
     }
     let symbols = Symbols::of_kernel();
-    let hidden = symbols.is_empty();
+    let (hidden, asking) = (symbols.is_empty(), symbols.is_asking());
     let kernel = Kernel::new(&btf, symbols);
     if kernel.reasons() < 3 {
         let fix = "Linux 5.17 or later";
@@ -56,6 +56,9 @@ pub fn report(pin_root: &Path) -> Vec<Finding> {
     if hidden {
         let state = "addresses of functions are hidden: places of drops are numbers".to_owned();
         say(Level::Warning, "symbols", state, "sysctl kernel.kptr_restrict=0 or 1, and CAP_SYSLOG");
+    } else if asking {
+        let state = "addresses of functions are hidden from this process; the kernel is asked for each name".to_owned();
+        say(Level::Good, "symbols", state, "");
     }
     let offsets = match layout::offsets(&btf) {
         Ok((offsets, missing)) => {

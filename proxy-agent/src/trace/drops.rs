@@ -114,7 +114,7 @@ const PLACES: [(&str, &str, &str); 7] = [
 ];
 
 /// Advice for drops of our own programs.
-const OWN: [(Reason, &str, &str); 15] = [
+const OWN: [(Reason, &str, &str); 16] = [
     (
         Reason::NoBackend,
         "own-service",
@@ -157,6 +157,11 @@ const OWN: [(Reason, &str, &str); 15] = [
     (Reason::FragmentBeforeFirst, "own-service", "fragments out of order: make packets smaller than the MTU"),
     (Reason::BackendMissing, "own-service", "the maps contradict each other: restart the agent, and report this"),
     (Reason::RewriteFailed, "own-service", "the packet could not be written: report this"),
+    (
+        Reason::FrameSource,
+        "own-policy",
+        "the pod sends with an address or MAC that is not its own, and policies are in force: it may use what its CNI has recorded",
+    ),
     (Reason::RefuseLimited, "own-service", "too many refusals a second: somebody scans, or a Service has no endpoint"),
 ];
 
@@ -177,7 +182,10 @@ fn own(decision: &Decision, sight: Option<&Sight>) -> Cause {
         code: sight.map_or(0, |sight| sight.reason),
         place: format!("{} at {}", decision.hook.map_or("program", proxy_abi::Hook::name), decision.device),
         class,
-        advice: advice.to_owned(),
+        advice: match &decision.rule {
+            Some(rule) => format!("{advice}: {rule} (`trace why` tells which rules were near)"),
+            None => advice.to_owned(),
+        },
         is_ours: true,
     }
 }

@@ -34,15 +34,23 @@ impl std::str::FromStr for Which {
     }
 }
 
+/// The probes that watch nothing, and what the kernel calls things.
+///
+/// # Errors
+/// [`TraceError::Types`], [`TraceError::Probes`].
+pub fn open() -> Result<(Probes, Kernel), TraceError> {
+    let btf = super::btf::Btf::of_kernel()?;
+    let (offsets, _) = layout::offsets(&btf)?;
+    let kernel = Kernel::new(&btf, Symbols::of_kernel());
+    Ok((Probes::open(None, &offsets, 4096, Probing::Hooks)?, kernel))
+}
+
 /// What is registered, as the kernel says.
 ///
 /// # Errors
 /// [`TraceError::Probes`] without iterators.
 pub fn read() -> Result<Inventory, TraceError> {
-    let btf = super::btf::Btf::of_kernel()?;
-    let (offsets, _) = layout::offsets(&btf)?;
-    let kernel = Kernel::new(&btf, Symbols::of_kernel());
-    let mut probes = Probes::open(None, &offsets, 4096, Probing::Hooks)?;
+    let (mut probes, kernel) = open()?;
     Ok(Inventory::new(&probes.hooks()?, &kernel.symbols))
 }
 

@@ -78,6 +78,8 @@ pub struct Sight {
     pub location: u64,
     /// The kernel's connection; 0 = conntrack has not seen the packet.
     pub nfct: u64,
+    /// Cookie of its socket; 0 = none that is known.
+    pub cookie: u64,
     /// Hooks with entries, as [`TraceEvent::hooks`].
     pub hooks: u32,
     /// br_netfilter holds the packet.
@@ -103,6 +105,8 @@ pub struct Decision {
     pub device: String,
     /// Pod behind the device.
     pub pod: Option<String>,
+    /// What the policy rule that decided is called, where somebody knows it.
+    pub rule: Option<String>,
 }
 
 /// What is known of a packet at one moment.
@@ -207,6 +211,7 @@ impl Sight {
             reason: event.reason,
             location: event.location,
             nfct: event.nfct & !7,
+            cookie: event.cookie,
             hooks: event.hooks,
             bridge_nf: event.extensions & kernel.bridge_nf_bit() != 0,
             packet: Packet::parse(&bytes),
@@ -228,7 +233,7 @@ impl Decision {
         let reason = Reason::ALL.iter().find(|reason| **reason as u32 == told.reason).copied();
         let device = names.interfaces.get(&told.ifindex).cloned().unwrap_or_else(|| format!("#{}", told.ifindex));
         let pod = names.pod_behind(told.ifindex).map(|pod| names.pod_name(pod));
-        Self { told, hook, reason, device, pod }
+        Self { told, hook, reason, device, pod, rule: None }
     }
 
     /// Dropped or refused here? What is refused goes back as the answer that it was made into.
@@ -366,6 +371,34 @@ impl Journey {
     }
 }
 
+/// Is this the beginning of another packet, in the memory of one that has just arrived? UDP frees packets past every
+/// tracepoint, and an answer of IPv6 that is as long as its request has nothing else that tells it apart.
+fn begins_anew(before: Option<&Step>, step: &Step) -> bool {
+    let (Some(Step::Sight(before)), Step::Sight(sight)) = (before, step) else { return false };
+    let (Some(old), Some(new)) = (&before.packet, &sight.packet) else { return false };
+    before.point == Point::Receive
+        && sight.point == Point::Queue
+        && before.netns == sight.netns
+        && (old.source(), old.destination()) == (new.destination(), new.source())
+}
+
+/// One journey for each packet that took its memory.
+fn apart(journey: Journey) -> Vec<Journey> {
+    let mut all = Vec::new();
+    let mut current = Journey { id: journey.id, steps: Vec::new() };
+    for step in journey.steps {
+        if begins_anew(current.steps.last(), &step) {
+            // As a probe would have numbered it.
+            let cpu = step.sight().map_or(0, |sight| u64::from(sight.cpu & 63));
+            let next = Journey { id: step.at() << 6 | cpu, steps: Vec::new() };
+            all.push(std::mem::replace(&mut current, next));
+        }
+        current.steps.push(step);
+    }
+    all.push(current);
+    all
+}
+
 /// Puts steps together.
 #[derive(Debug, Default)]
 pub struct Assembly {
@@ -390,7 +423,7 @@ impl Assembly {
         let mut done: Vec<Journey> = Vec::new();
         for id in ready {
             self.touched.remove(&id);
-            done.extend(self.open.remove(&id).map(|mut journey| {
+            done.extend(self.open.remove(&id).into_iter().flat_map(apart).map(|mut journey| {
                 journey.settle();
                 journey
             }));
@@ -430,7 +463,81 @@ pub const fn id_of(told: &Told) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::why::frame::{Frame, Part};
     use super::*;
+
+    #[test]
+    fn an_answer_in_the_same_memory_is_another_packet() {
+        let sight = |at, point, place: Place, netns, (from, to): (&str, &str)| {
+            let ends = (from.parse().expect("an end"), to.parse().expect("an end"));
+            let macs = Default::default();
+            let frame = Frame { macs, ends, proto: proxy_abi::Proto::UDP, size: 0, part: Part::Opens, number: 1 };
+            let bytes = frame.bytes().split_off(14);
+            Step::Sight(Sight {
+                at,
+                point,
+                place,
+                ifindex: 2,
+                netns,
+                cpu: 1,
+                skb: 8,
+                len: 48,
+                mark: 0,
+                reason: 0,
+                location: 0,
+                nfct: 0,
+                cookie: 0,
+                hooks: 0,
+                bridge_nf: false,
+                packet: Packet::parse(&bytes),
+                bytes,
+                stack: Vec::new(),
+            })
+        };
+        let (host, pod) = (|| Place::Host("veth7".to_owned()), || Place::Pod("b".to_owned(), "eth0".to_owned()));
+        let (forth, back) = (("[fd01::2]:9", "[fd01::3]:53"), ("[fd01::3]:53", "[fd01::2]:9"));
+        let steps = [
+            sight(10, Point::Receive, host(), 1, forth),
+            sight(20, Point::Queue, host(), 1, forth),
+            sight(30, Point::Receive, pod(), 2, forth),
+            sight(40, Point::Queue, pod(), 2, back),
+            sight(50, Point::Receive, host(), 1, back),
+        ];
+        let mut assembly = Assembly::default();
+        for step in &steps {
+            assembly.add(5, step.clone(), 0);
+        }
+        let [first, second] = assembly.take_quiet(1, 0).try_into().expect("two packets");
+        assert_eq!((first.id, &first.steps[..]), (5, &steps[..3]));
+        assert_eq!((second.id, &second.steps[..]), (40 << 6 | 1, &steps[3..]));
+        // What a program has turned round is the same packet: it decided in between.
+        let told =
+            Decision { told: decision(15), hook: None, reason: None, device: String::new(), pod: None, rule: None };
+        let refused = [steps[0].clone(), Step::Decision(told), sight(20, Point::Queue, host(), 1, back)];
+        for step in &refused {
+            assembly.add(6, step.clone(), 0);
+        }
+        assert_eq!(assembly.take_quiet(1, 0), [Journey { id: 6, steps: refused.to_vec() }]);
+    }
+
+    fn decision(at: u64) -> TraceDecision {
+        TraceDecision {
+            at,
+            id: 6,
+            skb: 8,
+            head: 9,
+            ifindex: 2,
+            len: 62,
+            hook: 0,
+            verdict: 1,
+            reason: 32,
+            service: 0,
+            backend: 0,
+            rule: 0,
+            cpu: 1,
+            reserved: [0; 7],
+        }
+    }
 
     #[test]
     fn a_stack_ends_where_the_packet_was_taken_from_a_queue() {

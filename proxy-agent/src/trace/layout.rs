@@ -33,14 +33,18 @@ const FIELDS: [(&str, &str, &str); 20] = [
 ];
 
 /// What some kernels lack, or have in a module whose types are elsewhere: the probes go without.
-const OPTIONAL: [(&str, &str, &str); 7] = [
+const OPTIONAL: [(&str, &str, &str); 10] = [
     ("SKB_NFCT", "sk_buff", "_nfct"),
     ("SKB_EXTENSIONS", "sk_buff", "active_extensions"),
+    ("SKB_SK", "sk_buff", "sk"),
+    ("SK_COOKIE", "sock", "__sk_common.skc_cookie"),
     ("VETH_PEER", "veth_priv", "peer"),
     ("OPS_KIND", "nf_hook_ops", "hook_ops_type"),
     ("CHAIN_NAME", "nft_chain", "name"),
     ("CHAIN_TABLE", "nft_chain", "table"),
     ("TABLE_NAME", "nft_table", "name"),
+    // The tracepoint's arguments are in the typedef of its probe; what it writes down of them is in a struct.
+    ("CONSUME_LOCATION", "trace_event_raw_consume_skb", "location"),
 ];
 
 /// All constants of this kernel, and what it lacks.

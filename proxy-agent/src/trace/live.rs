@@ -6,21 +6,22 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use proxy_abi::trace::{TraceEvent, TraceFilter, count};
+use proxy_abi::trace::{TraceFilter, count};
 use serde_json::json;
 
 use super::expect::{Expectations, Outcome};
 use super::expression::Expression;
-use super::hooks::{Hooks, Inventory};
-use super::journey::{Assembly, Decision, Ending, Journey, Sight, Step, id_of, own_frames};
-use super::kernel::Kernel;
+use super::journey::{Ending, Journey};
 use super::names::Names;
 use super::output::Output;
 use super::packet::{Packet, flag};
+use super::reader::{self, Reader};
+use super::rules::Rules;
 use super::selection::Selection;
 use super::story::{Context, Story};
-use super::{TraceError, boot_epoch, layout, maps, monotonic, own_namespace, record};
-use crate::dataplane::probes::{Cost, Probes, Probing, Told};
+use super::{TraceError, boot_epoch, maps, monotonic, record, sockets};
+use crate::dataplane::pins::Maps;
+use crate::dataplane::probes::{Cost, Probes};
 
 /// What to follow, and for how long.
 #[derive(Debug)]
@@ -68,8 +69,6 @@ const ANSWER: u8 = flag::SYN | flag::ACK;
 const TICK: Duration = Duration::from_millis(20);
 /// A packet of which nothing was seen for so long has ended.
 const QUIET: u64 = 250_000_000;
-/// The programs of the dataplane stop to tell so long after the reader's last word.
-const HEARTBEAT: u64 = 3_000_000_000;
 /// Of each of these ticks the last few are measured.
 const MEASURE_EVERY: u64 = 50;
 const MEASURE_FOR: u64 = 5;
@@ -130,12 +129,11 @@ struct Session {
     selection: Selection,
     expression: Option<Expression>,
     names: Names,
-    kernel: Kernel,
-    hooks: Option<Hooks>,
-    home: u32,
-    probes: Probes,
-    assembly: Assembly,
+    reader: Reader,
     numbers: Numbers,
+    rules: Rules,
+    /// Those of the agent, where there is one.
+    maps: Option<Maps>,
     flows_seen: BTreeSet<(u8, SocketAddr, SocketAddr)>,
     output: Output,
     shown: usize,
@@ -143,7 +141,6 @@ struct Session {
     endings: BTreeMap<&'static str, usize>,
     reasons: BTreeMap<String, usize>,
     failures: Vec<String>,
-    stacks: BTreeMap<u32, Vec<String>>,
     cost: Cost,
     measured: u64,
     measured_time: u64,
@@ -155,7 +152,9 @@ struct Session {
 /// [`TraceError`]: nothing was followed then.
 pub async fn run(options: Options, output: Output, node: &str) -> Result<Outcome, TraceError> {
     let pinned = maps(&options.pin_root)?;
-    let names = Names::read(pinned.as_ref().map(|(_, maps)| maps), &options.cni)?;
+    let mut names = Names::read(pinned.as_ref().map(|(_, maps)| maps), &options.cni)?;
+    names.ask_for(&options.pin_root, &options.words);
+    let names = names;
     let selection = if options.words.is_empty() { Selection::all() } else { Selection::new(&options.words, &names)? };
     let expression: Option<Expression> = options.expression.as_ref().map(|text| text.parse()).transpose()?;
     if selection.is_all() && expression.is_none() && !options.all {
@@ -165,55 +164,33 @@ pub async fn run(options: Options, output: Output, node: &str) -> Result<Outcome
                 .to_owned(),
         ));
     }
-    let btf = super::btf::Btf::of_kernel()?;
-    let (offsets, _) = layout::offsets(&btf)?;
-    let kernel = Kernel::new(&btf, super::symbols::Symbols::of_kernel());
-    drop(btf);
     let (flags, ends) = selection.ends()?;
     let rows = expression.as_ref().map(Expression::rows).unwrap_or_default();
-    let bytes = options.buffer.clamp(1, 1024).next_power_of_two() << 20;
-    let mut probes = Probes::open(pinned.as_ref().map(|(pins, _)| pins), &offsets, bytes, Probing::Packets)?;
-    let home = own_namespace();
-    let hooks = probes.hooks().ok().map(|rows| {
-        let mut inventory = Inventory::new(&rows, &kernel.symbols);
-        inventory.0.remove(&home).unwrap_or_default().hooks
-    });
-    let bit = |on, bit| if on { bit } else { 0 };
+    let reader = Reader::open(pinned.as_ref().map(|(pins, _)| pins), options.buffer)?;
+    let namespaces = if options.all_namespaces { TraceFilter::ALL_NAMESPACES } else { 0 };
     let filter = TraceFilter {
-        netns: home,
-        flags: flags
-            | TraceFilter::ACTIVE
-            // They tell what br_netfilter leaves no other trace of.
-            | TraceFilter::STACKS
-            | bit(options.all_namespaces, TraceFilter::ALL_NAMESPACES),
+        flags: flags | namespaces,
         ifindex: selection.ifindex.unwrap_or(0),
         proto: selection.proto.map_or(0, |proto| proto.0.into()),
-        rows: u32::try_from(rows.len()).unwrap_or(0),
         sample: options.sample,
         rate: options.rate,
-        begun: 0,
-        second: 0,
-        most: 0,
-        total: 0,
-        first_drop: kernel.first_drop(),
-        reserved: 0,
+        ..reader::EVERY
     };
     let release = nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
     let mut text = selection.text.clone();
     if let Some(expression) = &options.expression {
         text = format!("{text}; {expression}");
     }
+    let rules = Rules::new(options.pin_root.clone());
     let mut session = Session {
         options,
         selection,
         expression,
         names,
-        kernel,
-        hooks,
-        home,
-        probes,
-        assembly: Assembly::default(),
+        reader,
         numbers: Numbers::default(),
+        rules,
+        maps: pinned.map(|(_, maps)| maps),
         flows_seen: BTreeSet::new(),
         output,
         shown: 0,
@@ -221,15 +198,13 @@ pub async fn run(options: Options, output: Output, node: &str) -> Result<Outcome
         endings: BTreeMap::new(),
         reasons: BTreeMap::new(),
         failures: Vec::new(),
-        stacks: BTreeMap::new(),
         cost: Cost::default(),
         measured: 0,
         measured_time: 0,
     };
-    let decisions = session.probes.has_decisions();
+    let decisions = session.reader.probes.has_decisions();
     session.write(|output| output.begin(record::meta(&text, node, &release, boot_epoch(), decisions)))?;
-    session.probes.tell_until(monotonic() + HEARTBEAT)?;
-    session.probes.follow(&filter, &ends, &rows)?;
+    session.reader.follow(&filter, &ends, &rows)?;
     tracing::debug!(filter = text, "following");
     eprintln_ready(&text, decisions);
     let outcome = session.follow().await?;
@@ -237,7 +212,7 @@ pub async fn run(options: Options, output: Output, node: &str) -> Result<Outcome
 }
 
 /// Tells on standard error that packets are followed from now on: what waits for that can begin.
-fn eprintln_ready(text: &str, decisions: bool) {
+pub(super) fn eprintln_ready(text: &str, decisions: bool) {
     let more = if decisions { "" } else { " (no agent's pins here: tracepoints alone)" };
     #[expect(clippy::print_stderr, reason = "a word to whoever waits, apart from the trace itself")]
     {
@@ -275,7 +250,7 @@ impl Session {
             }
             tick += 1;
             let now = monotonic();
-            self.read(now);
+            self.reader.read(&self.names, now);
             self.show(now, QUIET)?;
             if self.shown >= self.options.packets {
                 return Ok(Outcome::Good);
@@ -286,13 +261,12 @@ impl Session {
                 return Ok(Outcome::Good);
             }
             if tick.is_multiple_of(MEASURE_EVERY) {
-                self.probes.tell_until(now + HEARTBEAT)?;
-                self.probes.forget(now)?;
+                self.reader.keep(now)?;
             }
             if self.options.most_cpu > 0 {
                 match tick % MEASURE_EVERY {
                     phase if phase == MEASURE_EVERY - MEASURE_FOR => {
-                        window = Probes::measure().map(|fd| (fd, self.probes.cost(), now));
+                        window = Probes::measure().map(|fd| (fd, self.reader.probes.cost(), now));
                     }
                     0 => {
                         if let Some((_, before, since)) = window.take()
@@ -309,7 +283,7 @@ impl Session {
 
     /// Adds up a window of measurement; true when the probes took more than they may.
     fn is_too_dear(&mut self, before: Cost, window: u64) -> bool {
-        let after = self.probes.cost();
+        let after = self.reader.probes.cost();
         self.cost.runs += after.runs.saturating_sub(before.runs);
         let spent = after.run_time.saturating_sub(before.run_time);
         self.cost.run_time += spent;
@@ -318,39 +292,17 @@ impl Session {
         window > 0 && spent * 100 / window > self.options.most_cpu
     }
 
-    fn read(&mut self, now: u64) {
-        let Self { probes, assembly, names, kernel, stacks, home, .. } = self;
-        let mut told = Vec::new();
-        probes.read(&mut |each| told.push(each));
-        for each in told {
-            let id = id_of(&each);
-            let step = match each {
-                Told::Decision(decision) => Step::Decision(Decision::new(decision, names)),
-                Told::Event(event) => {
-                    let mut sight = Sight::new(&event, names, *home, kernel);
-                    if event.stack != TraceEvent::NO_STACK {
-                        let functions = stacks.entry(event.stack).or_insert_with(|| {
-                            let all = probes.stack(event.stack);
-                            own_frames(all.iter().map(|address| kernel.symbols.function(*address)))
-                        });
-                        sight.stack.clone_from(functions);
-                    }
-                    Step::Sight(sight)
-                }
-            };
-            assembly.add(id, step, now);
-        }
-    }
-
     /// Is it what was asked for? The kernel's answer was rough.
-    fn is_wanted(&self, journey: &Journey, is_reply: bool) -> bool {
+    fn is_wanted(&self, journey: &Journey, part: Part) -> bool {
         let (service, _) = journey.service();
         let mut packets = journey.sights().filter_map(|sight| sight.packet.as_ref());
-        if is_reply && self.options.no_replies || journey.total() < self.options.least {
+        if part != Part::Request && self.options.no_replies || journey.total() < self.options.least {
             return false;
         }
+        // What answers a request that was meant is meant, whoever translated it.
+        let answers = matches!(part, Part::ReplyTo(_));
         packets.any(|packet| {
-            self.selection.joins(packet, service, &self.names)
+            (answers || self.selection.joins(packet, service, &self.names))
                 && self.expression.as_ref().is_none_or(|expression| expression.holds(packet))
         })
     }
@@ -363,14 +315,17 @@ impl Session {
     }
 
     fn show(&mut self, now: u64, quiet: u64) -> Result<(), TraceError> {
-        for journey in self.assembly.take_quiet(now, quiet) {
+        for mut journey in self.reader.take_quiet(now, quiet) {
             if self.shown >= self.options.packets {
                 break;
             }
             let elsewhere = journey.here().next().is_none();
+            if let Some(maps) = &self.maps {
+                sockets::tell_of(&mut journey, &self.names, maps)?;
+            }
             let part = self.numbers.part(&journey, &self.selection, &self.names);
             let is_reply = part != Part::Request;
-            if elsewhere || !self.is_wanted(&journey, is_reply) {
+            if elsewhere || !self.is_wanted(&journey, part) {
                 self.beside += 1;
                 continue;
             }
@@ -378,13 +333,14 @@ impl Session {
                 continue;
             }
             let number = self.numbers.number(&journey, part);
+            self.rules.tell(&mut journey, &self.names, monotonic());
             self.tell(&journey, number, is_reply)?;
         }
         Ok(())
     }
 
     fn tell(&mut self, journey: &Journey, number: u64, is_reply: bool) -> Result<(), TraceError> {
-        let Self { names, kernel, hooks, output, .. } = self;
+        let Self { names, reader: Reader { kernel, hooks, .. }, output, .. } = self;
         let context = Context { names, kernel, hooks: hooks.as_ref() };
         let story = Story::new(journey, is_reply, context);
         if self.options.drops && story.ending != Ending::Dropped {
@@ -404,21 +360,13 @@ impl Session {
     }
 
     fn end(mut self, outcome: Outcome) -> Result<Outcome, TraceError> {
-        let counts = self.probes.counts()?;
+        let (lost, missing) = self.reader.lost()?;
+        let counts = self.reader.probes.counts()?;
         let counted = |which: u32| counts.get(which as usize).copied().unwrap_or(0);
-        let cost = self.probes.cost();
-        let lost = [
-            ("ringbuf", counted(count::RING_FULL)),
-            ("decisions", self.probes.lost_decisions()?),
-            ("recursion", cost.misses),
-            ("map_full", counted(count::TABLE_FULL)),
-            ("rate_limited", counted(count::RATE_LIMITED)),
-        ];
-        let missing: u64 = lost.iter().take(4).map(|(_, count)| count).sum();
         let outcome = match outcome {
             Outcome::Good if self.shown == 0 => Outcome::NoPacket,
             Outcome::Good if !self.failures.is_empty() => Outcome::Failed,
-            Outcome::Good if missing > 0 => Outcome::Incomplete,
+            Outcome::Good if missing => Outcome::Incomplete,
             other => other,
         };
         let per_cent = (self.measured > 0).then(|| self.cost.run_time * 1000 / self.measured);
@@ -437,7 +385,7 @@ impl Session {
         let mut summary = json!({
             "t": "summary", "packets": self.shown, "results": self.endings, "paths": paths, "top_drops": self.reasons,
             "failures": self.failures, "followed": counted(count::STARTED), "events": counted(count::EVENTS),
-            "looked_at": counted(count::LOOKED_AT), "beside": self.beside, "complete": missing == 0,
+            "looked_at": counted(count::LOOKED_AT), "beside": self.beside, "complete": !missing,
             "overhead": { "cpu_permille": per_cent, "ns_per_probe": per_run },
         });
         if let serde_json::Value::Object(fields) = &mut summary {
@@ -450,7 +398,7 @@ impl Session {
             text.push('\n');
         }
         let lost_text: Vec<String> = lost.iter().map(|(name, count)| format!("{name} {count}")).collect();
-        let head = if missing > 0 { "INCOMPLETE" } else { "complete" };
+        let head = if missing { "INCOMPLETE" } else { "complete" };
         let cost = per_cent.map_or_else(String::new, |share| {
             format!(" · probes took {}.{}% of a CPU, {} ns a run", share / 10, share % 10, per_run.unwrap_or(0))
         });

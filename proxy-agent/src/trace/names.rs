@@ -1,4 +1,5 @@
-//! Who has which address here: from the pinned maps and the CNI's records. No server is asked, and the agent need not run.
+//! Who has which address here: from the pinned maps and the CNI's records. No server is asked, and the agent need not run;
+//! only for pods of other nodes it is asked, if it does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -7,6 +8,7 @@ use std::path::Path;
 use proxy_abi::{DeviceEntry, FrontendKey, IpBytes, Proto};
 use serde_json::Value;
 
+use crate::ask::{Answer, Question, ask};
 use crate::dataplane::pins::Maps;
 
 /// A pod of this node.
@@ -44,6 +46,8 @@ pub struct Names {
     pub pods: Vec<PodName>,
     /// Addresses of the node itself.
     pub own: BTreeSet<IpAddr>,
+    /// Those of them that are on the pods' bridges.
+    pub gateways: BTreeSet<IpAddr>,
     /// Interfaces of this namespace.
     pub interfaces: BTreeMap<u32, String>,
     /// Interfaces of this namespace that are pods' veths.
@@ -123,6 +127,7 @@ impl Names {
             if entry.flags & (DeviceEntry::NETDEV | DeviceEntry::PLAIN) == 0 {
                 self.veths.insert(ifindex);
                 let addresses = [address(entry.ip4), address(entry.ip6)].into_iter().flatten().collect();
+                self.gateways.extend([address(entry.gateway_ip4), address(entry.gateway_ip6)].into_iter().flatten());
                 self.pods.push(PodName { name: None, ifindex, addresses });
             }
         }
@@ -143,6 +148,26 @@ impl Names {
     pub fn index(&mut self) {
         self.by_address =
             self.pods.iter().enumerate().flat_map(|(i, pod)| pod.addresses.iter().map(move |ip| (*ip, i))).collect();
+    }
+
+    /// Pods of other nodes that are named in words of a selection. The agent knows them where there are NetworkPolicies;
+    /// while it does not run, or knows of none, they stay unknown.
+    pub fn ask_for(&mut self, pin_root: &Path, words: &[String]) {
+        let names = words.iter().filter_map(|word| word.strip_prefix("pod:")?.split(':').next());
+        let unknown: Vec<String> = names
+            .filter(|name| !self.pods.iter().any(|pod| pod.name.as_deref() == Some(name)))
+            .map(str::to_owned)
+            .collect();
+        if unknown.is_empty() {
+            return;
+        }
+        let Ok(Answer::Pods { found, .. }) = ask(pin_root, &Question::Pods { names: unknown, ips: Vec::new() }) else {
+            return;
+        };
+        for pod in found.into_iter().filter(|pod| !pod.ips.is_empty()) {
+            self.add_pod(pod.name, pod.ips.into_iter().collect());
+        }
+        self.index();
     }
 
     /// The pod that has an address.

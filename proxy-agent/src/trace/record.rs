@@ -114,7 +114,7 @@ fn decided(id: &str, n: usize, took: u64, decision: &Decision, context: Context<
         "hook": decision.hook.map(proxy_abi::Hook::name), "dev": decision.device, "ifindex": told.ifindex,
         "pod": decision.pod, "verdict": verdict, "reason": decision.reason_name(),
         "text": decision.reason.map(proxy_abi::Reason::text), "service": service,
-        "rule": (told.rule != 0).then_some(told.rule),
+        "rule": (told.rule != 0).then_some(told.rule), "policy": decision.rule,
     })
 }
 

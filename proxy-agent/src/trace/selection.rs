@@ -272,6 +272,11 @@ impl Selection {
     /// Does the packet go from the first side to the second, for all one can tell?
     pub fn is_forward(&self, packet: &Packet, names: &Names) -> bool {
         let [a, b] = &self.sides;
+        let anybody = b.port.is_none() && matches!(b.who, None | Some(Who::Any | Who::Device(_)));
+        if a.exact.is_empty() && anybody {
+            // Of an interface alone both directions are what was asked for.
+            return a.is(packet.source(), packet.proto, 0, names);
+        }
         let side = if a.exact.is_empty() { b } else { a };
         let forth = side.is(packet.source(), packet.proto, 0, names);
         if a.exact.is_empty() { !forth } else { forth }
@@ -397,6 +402,24 @@ mod tests {
         for (text, from, to, service, expected) in cases {
             let selection = select(text).unwrap_or_else(|error| panic!("{text}: {error}"));
             assert_eq!(selection.joins(&packet(from, to), service, &names()), expected, "{text}: {from} > {to}");
+        }
+    }
+
+    #[test]
+    fn directions_are_told_apart() {
+        let (web, outside) = ("10.1.0.2:4000", "1.2.3.4:53");
+        for (text, forth, back) in [
+            ("pod:shop/web-0", true, false),
+            ("pod:shop/web-0 to ext", true, false),
+            ("ext to pod:shop/web-0", false, true),
+            ("10.1.0.0/24", true, false),
+            ("dev:eth0", true, true),
+            ("any", true, true),
+        ] {
+            let selection = select(text).expect("a selection");
+            let found =
+                [(web, outside), (outside, web)].map(|(from, to)| selection.is_forward(&packet(from, to), &names()));
+            assert_eq!(found, [forth, back], "{text}");
         }
     }
 

@@ -1,17 +1,34 @@
-//! Names of the kernel's code addresses (`/proc/kallsyms`).
+//! Names of the kernel's code addresses: from `/proc/kallsyms`, or where it hides them, asked one by one.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::dataplane::symbol::SymbolNames;
 
 /// Functions by their first address.
 #[derive(Clone, Debug, Default)]
 pub struct Symbols {
     by_address: BTreeMap<u64, String>,
+    /// Where there are no addresses to read.
+    asked: Option<Arc<Mutex<Asked>>>,
+}
+
+/// A program that is asked, and what it said.
+#[derive(Debug)]
+struct Asked {
+    program: SymbolNames,
+    answers: BTreeMap<u64, Option<(String, u64)>>,
 }
 
 impl Symbols {
-    /// Of the running kernel. Empty when the kernel hides its addresses (`kernel.kptr_restrict`).
+    /// Of the running kernel. Nothing is known when the kernel hides its addresses and refuses the program that asks.
     pub fn of_kernel() -> Self {
-        Self::parse(&std::fs::read_to_string("/proc/kallsyms").unwrap_or_default())
+        let read = Self::parse(&std::fs::read_to_string("/proc/kallsyms").unwrap_or_default());
+        if !read.by_address.is_empty() {
+            return read;
+        }
+        let asked = SymbolNames::open().ok().map(|program| Asked { program, answers: BTreeMap::new() });
+        Self { asked: asked.map(Mutex::new).map(Arc::new), ..read }
     }
 
     /// From lines of address, kind and name.
@@ -27,24 +44,35 @@ impl Symbols {
                 by_address.entry(address).or_insert_with(|| name.to_owned());
             }
         }
-        Self { by_address }
+        Self { by_address, asked: None }
     }
 
-    /// Nothing is known.
+    /// Nothing is known, and nobody can be asked.
     pub fn is_empty(&self) -> bool {
-        self.by_address.is_empty()
+        self.by_address.is_empty() && self.asked.is_none()
+    }
+
+    /// Are names asked for one by one?
+    pub const fn is_asking(&self) -> bool {
+        self.asked.is_some()
     }
 
     /// The function that an address lies in, and how far.
-    pub fn find(&self, address: u64) -> Option<(&str, u64)> {
+    pub fn find(&self, address: u64) -> Option<(String, u64)> {
+        if let Some(asked) = &self.asked {
+            let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
+            let Asked { program, answers } = &mut *asked;
+            // One that cannot be asked now stays a number.
+            return answers.entry(address).or_insert_with(|| program.name(address).ok().flatten()).clone();
+        }
         let (start, name) = self.by_address.range(..=address).next_back()?;
-        Some((name, address - start))
+        Some((name.clone(), address - start))
     }
 
     /// The function that an address lies in, without what the compiler appended.
     pub fn function(&self, address: u64) -> String {
         self.find(address)
-            .map_or_else(|| format!("{address:#x}"), |(name, _)| name.split('.').next().unwrap_or(name).to_owned())
+            .map_or_else(|| format!("{address:#x}"), |(name, _)| name.split('.').next().unwrap_or(&name).to_owned())
     }
 
     /// Function and distance: `nf_hook_slow+0x7d`.

@@ -219,7 +219,7 @@ pub async fn run(options: Options, mut write: impl FnMut(&str) -> std::io::Resul
         most: 0,
         total: 0,
         first_drop: kernel.first_drop(),
-        reserved: 0,
+        ends: 0,
     };
     probes.follow(&filter, &[], &[])?;
     let began = tokio::time::Instant::now();

@@ -172,7 +172,8 @@ fn decided(decision: &Decision, leg: &Leg<'_>, offset: u64, names: &Names) -> Ro
         more.push(format!("service   {}{backend}{one_of}", names.service(told.service)));
     }
     if told.rule != 0 {
-        more.push(format!("policy    rule #{}", told.rule));
+        let name = decision.rule.clone().unwrap_or_else(|| format!("rule #{}", told.rule));
+        more.push(format!("policy    {name}"));
     }
     if let Some(reason) = decision.reason {
         more.push(format!("because   {}", reason.text()));

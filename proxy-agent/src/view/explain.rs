@@ -7,23 +7,27 @@
 //!
 //! The verdict is that of the maps as they are; without the agent it is there all the same, in numbers.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail};
 use proxy_abi::policy::{
-    Bits, BitsKey, BlockEntry, CellWord, Direction, MAX_CHAIN, PortPage, SetEntry, SlotWord, prefix_of,
+    Bits, BitsKey, BlockEntry, CellWord, Direction, MAX_CHAIN, PortPage, RuleRef, SetEntry, SlotWord, prefix_of,
 };
-use proxy_abi::{DeviceEntry, FrontendKey, IpBytes, PortBe, Proto};
+use proxy_abi::{DeviceEntry, FrontendEntry, FrontendKey, IpBytes, PortBe, Proto};
 use proxy_core::netpol::tables::PolicyTables;
 use proxy_ebpf::policy::{Cause, Judgement, Lookup, Question as Asking, judge};
 use serde_json::{Value, json};
 
 use super::{Format, VERSION, open, write};
 use crate::ask::{Answer, AskError, Asked, PodInfo, Question, ReasonInfo, ask};
-use crate::dataplane::pins::Maps;
+use crate::dataplane;
+use crate::dataplane::describe::{self, Description};
+use crate::dataplane::pins::{Maps, Pins};
 
 /// The exit code when something forbids it.
 const DENIED: u8 = 2;
@@ -60,13 +64,28 @@ type Behind = (Option<String>, Vec<(End, Target)>);
 
 /// What one pod has to say.
 #[derive(Clone, Debug)]
-struct Say {
-    direction: Direction,
-    pod: String,
+pub(crate) struct Say {
+    /// Of which of its sides.
+    pub(crate) direction: Direction,
+    /// Name or address.
+    pub(crate) pod: String,
     slot: u16,
-    judgement: Judgement,
+    /// The verdict of the maps.
+    pub(crate) judgement: Judgement,
     tier: Option<&'static str>,
-    reason: Option<ReasonInfo>,
+    /// The policy behind it; `None` without the agent, and where no rule has a say.
+    pub(crate) reason: Option<ReasonInfo>,
+    /// The policies would refuse it, and the agent was told to let pods reach their own node.
+    node_open: bool,
+    /// Policies that are only audited would refuse it: the names of those that isolate the pod, as far as the agent tells.
+    audit: Option<Vec<String>>,
+}
+
+impl Target {
+    /// A port of a protocol.
+    pub(crate) const fn new(port: Option<u16>, proto: Proto) -> Self {
+        Self { port, proto }
+    }
 }
 
 impl FromStr for Target {
@@ -93,7 +112,7 @@ impl FromStr for Target {
 /// Explains a flow, for every pair of addresses of one family.
 pub fn explain(pin_root: &Path, format: Format, from: &str, to: &str, target: Target) -> Result<ExitCode> {
     let maps = open(pin_root)?;
-    let tables = maps.policy.tables()?;
+    let held = Held::read(pin_root, &maps)?;
     let (sources, destinations) = (ends(pin_root, &maps, from)?, ends(pin_root, &maps, to)?);
     let mut items = Vec::new();
     let mut denied = false;
@@ -101,8 +120,8 @@ pub fn explain(pin_root: &Path, format: Format, from: &str, to: &str, target: Ta
         for destination in destinations.iter().filter(|end| end.ip.is_ipv4() == source.ip.is_ipv4()) {
             let (service, behind) = translated(pin_root, &maps, destination, target)?;
             for (end, target) in behind {
-                let says = says(pin_root, &tables, source, &end, target)?;
-                denied |= says.iter().any(|say| !say.judgement.allowed);
+                let says = says(pin_root, &held, source, &end, target)?;
+                denied |= says.iter().any(|say| !say.allowed());
                 items.push(
                     Flow { source, destination: &end.clone(), target, service: service.clone(), says }.show(format),
                 );
@@ -186,7 +205,7 @@ fn translated(pin_root: &Path, maps: &Maps, end: &End, target: Target) -> Result
 }
 
 /// What the pods at both ends say, as far as they are on this node.
-fn says(pin_root: &Path, tables: &PolicyTables, source: &End, destination: &End, target: Target) -> Result<Vec<Say>> {
+fn says(pin_root: &Path, held: &Held, source: &End, destination: &End, target: Target) -> Result<Vec<Say>> {
     let sides = [(Direction::Egress, source, destination), (Direction::Ingress, destination, source)];
     let mut says = Vec::new();
     for (direction, pod, peer) in sides {
@@ -201,18 +220,50 @@ fn says(pin_root: &Path, tables: &PolicyTables, source: &End, destination: &End,
         }
         let port = PortBe::new(target.port.unwrap_or(0));
         let question = Asking { slot, direction, peer: peer.ip.into(), proto: target.proto, port, flags };
-        let judgement = judge(&Held(tables), &question);
-        let asked = Asked { rule: judgement.rule.0, peer: peer.ip, proto: target.proto.0, port: target.port };
-        let reason = match (judgement.rule.set() != 0).then(|| ask(pin_root, &Question::Reason(asked))) {
-            Some(Ok(Answer::Reason(reason))) => Some(reason),
-            None | Some(Ok(_) | Err(AskError::Away(_))) => None,
-            Some(Err(error)) => return Err(error.into()),
+        let judgement = judge(held, &question);
+        let why = |rule: RuleRef| {
+            let asked = Asked { rule: rule.0, peer: peer.ip, proto: target.proto.0, port: target.port };
+            match (rule.set() != 0).then(|| ask(pin_root, &Question::Reason(asked))) {
+                Some(Ok(Answer::Reason(reason))) => Ok(Some(reason)),
+                None | Some(Ok(_) | Err(AskError::Away(_))) => Ok(None),
+                Some(Err(error)) => Err(error),
+            }
         };
-        let tier = tier(tables, slot, direction, judgement.rule.set());
+        let reason = why(judgement.rule)?;
+        // As the programs have it: what is allowed is asked of the shadow, and the way to the node may be open.
+        let is_judged = |cause| matches!(cause, Cause::Rule | Cause::Isolated);
+        let open = held.node_open && direction == Direction::Egress && held.is_node(peer.ip);
+        let beside = judge(held, &Asking { flags: question.flags | Asking::SHADOW, ..question });
+        let audited = judgement.allowed && !beside.allowed && is_judged(beside.cause) && !open;
+        let audit = if audited { Some(why(beside.rule)?.unwrap_or_default().audited) } else { None };
+        let node_open = !judgement.allowed && is_judged(judgement.cause) && open;
+        let tier = tier(&held.tables, slot, direction, judgement.rule.set());
         let pod = pod.name.clone().unwrap_or_else(|| pod.ip.to_string());
-        says.push(Say { direction, pod, slot, judgement, tier, reason });
+        says.push(Say { direction, pod, slot, judgement, tier, reason, node_open, audit });
     }
     Ok(says)
+}
+
+/// What the pods at both ends of a flow say, as far as they are on this node. `None` in place of an address: the node.
+pub(crate) fn verdicts(
+    pin_root: &Path,
+    maps: &Maps,
+    held: &Held,
+    (source, destination): (Option<IpAddr>, Option<IpAddr>),
+    target: Target,
+) -> Result<Vec<Say>> {
+    let find = |ip: Option<IpAddr>, other: Option<IpAddr>| match ip {
+        Some(ip) => ends(pin_root, maps, &ip.to_string()),
+        None => Ok(ends(pin_root, maps, NODE)?
+            .into_iter()
+            .filter(|end| other.is_none_or(|ip| ip.is_ipv4() == end.ip.is_ipv4()))
+            .collect()),
+    };
+    let (source_end, destination_end) = (find(source, destination)?, find(destination, source)?);
+    match (source_end.first(), destination_end.first()) {
+        (Some(source), Some(destination)) => says(pin_root, held, source, destination, target),
+        _ => Ok(Vec::new()),
+    }
 }
 
 /// The tier that a set belongs to.
@@ -234,40 +285,72 @@ fn tier(tables: &PolicyTables, slot: u16, direction: Direction, wanted: u32) -> 
 
 // === The maps as the programs see them ===
 
-struct Held<'a>(&'a PolicyTables);
+/// The maps of policy, read once.
+#[derive(Debug)]
+pub(crate) struct Held {
+    tables: PolicyTables,
+    /// Addresses of the node.
+    node: BTreeSet<IpAddr>,
+    /// Does the agent let pods reach their own node whatever their policies say?
+    node_open: bool,
+}
 
-impl Lookup for Held<'_> {
+impl Held {
+    pub(crate) fn read(pin_root: &Path, maps: &Maps) -> Result<Self, dataplane::Error> {
+        let settings = Description::read(&Pins::new(pin_root).maps())?.unwrap_or_default().settings;
+        let node_open = settings.get(describe::NODE_OPEN).is_some_and(|open| *open != 0);
+        let mut node = BTreeSet::new();
+        maps.frontend.scan(|key, mark| {
+            if *key == FrontendKey::address(key.ip) && mark.flags & FrontendEntry::ADDRESS_NODE != 0 {
+                node.insert(IpAddr::from(key.ip));
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok(Self { tables: maps.policy.tables()?, node, node_open })
+    }
+
+    /// Which side of each cell counts.
+    pub(crate) const fn epoch(&self) -> u32 {
+        self.tables.epoch
+    }
+
+    fn is_node(&self, ip: IpAddr) -> bool {
+        self.node.contains(&ip)
+    }
+}
+
+impl Lookup for Held {
     fn epoch(&self) -> u32 {
-        self.0.epoch
+        self.tables.epoch
     }
 
     fn slot(&self, index: u32) -> Option<SlotWord> {
-        self.0.slots.get(&index).copied()
+        self.tables.slots.get(&index).copied()
     }
 
     fn block(&self, block: u32) -> Option<&BlockEntry> {
-        self.0.blocks.get(&block)
+        self.tables.blocks.get(&block)
     }
 
     fn set(&self, set: u32) -> Option<&SetEntry> {
-        self.0.sets.get(&set)
+        self.tables.sets.get(&set)
     }
 
     fn ip(&self, ip: &IpBytes) -> Option<CellWord> {
-        self.0.ips.get(ip).copied()
+        self.tables.ips.get(ip).copied()
     }
 
     fn prefix(&self, ip: &IpBytes) -> Option<CellWord> {
-        let own = self.0.prefixes.get(&prefix_of(*ip)).copied();
-        own.or_else(|| self.0.enclosing(IpAddr::from(*ip).into()))
+        let own = self.tables.prefixes.get(&prefix_of(*ip)).copied();
+        own.or_else(|| self.tables.enclosing(IpAddr::from(*ip).into()))
     }
 
     fn page(&self, index: u32) -> Option<&PortPage> {
-        Some(self.0.pages.get(&index).unwrap_or(&PortPage::ZERO))
+        Some(self.tables.pages.get(&index).unwrap_or(&PortPage::ZERO))
     }
 
     fn bits(&self, key: BitsKey) -> Option<&Bits> {
-        self.0.bits.get(&key)
+        self.tables.bits.get(&key)
     }
 }
 
@@ -290,7 +373,7 @@ impl Flow<'_> {
     }
 
     fn allowed(&self) -> bool {
-        self.says.iter().all(|say| say.judgement.allowed)
+        self.says.iter().all(Say::allowed)
     }
 
     fn json(&self) -> Value {
@@ -332,10 +415,19 @@ impl Flow<'_> {
     }
 }
 
-const fn word(direction: Direction) -> &'static str {
+pub(crate) const fn word(direction: Direction) -> &'static str {
     match direction {
         Direction::Ingress => "ingress",
         Direction::Egress => "egress",
+    }
+}
+
+/// A rule that nobody names.
+pub(crate) fn numbered(rule: RuleRef) -> String {
+    if rule.is_isolated() {
+        format!("no rule of set {}", rule.set())
+    } else {
+        format!("rule {} of set {}", rule.bit(), rule.set())
     }
 }
 
@@ -350,7 +442,14 @@ fn silence(end: &End) -> String {
 }
 
 impl Say {
-    fn cause(&self) -> &'static str {
+    pub(crate) const fn allowed(&self) -> bool {
+        self.judgement.allowed || self.node_open
+    }
+
+    pub(crate) fn cause(&self) -> &'static str {
+        if self.node_open {
+            return "pods may reach their own node whatever their policies say (--allow-pods-to-node)";
+        }
         if self.slot == DeviceEntry::HELD {
             return "held: nobody knows which pod this is";
         }
@@ -367,23 +466,24 @@ impl Say {
     }
 
     fn json(&self) -> Value {
-        let Judgement { allowed, revision, rule, .. } = self.judgement;
+        let Judgement { revision, rule, .. } = self.judgement;
         json!({
             "direction": word(self.direction),
             "pod": self.pod,
             "slot": self.slot,
-            "allowed": allowed,
+            "allowed": self.allowed(),
             "cause": self.cause(),
             "tier": self.tier,
             "revision": revision,
             "set": rule.set(),
             "bit": if rule.is_isolated() { Value::Null } else { json!(rule.bit()) },
             "reason": self.reason,
+            "denied_by_audit": self.audit,
         })
     }
 
-    fn text(&self) -> Vec<String> {
-        let verdict = if self.judgement.allowed { "allowed" } else { "DENIED" };
+    pub(crate) fn text(&self) -> Vec<String> {
+        let verdict = if self.allowed() { "allowed" } else { "DENIED" };
         let tier = self.tier.map_or(String::new(), |tier| format!(", tier {tier}"));
         let mut lines = vec![format!(
             "  {:<8} {} {verdict}: {}{tier}, revision {}",
@@ -392,14 +492,14 @@ impl Say {
             self.cause(),
             self.judgement.revision
         )];
+        match &self.audit {
+            Some(names) if names.is_empty() => lines.push("    would be denied by audit".to_owned()),
+            Some(names) => lines.push(format!("    would be denied by audit of {}", names.join(", "))),
+            None => {}
+        }
         let Some(reason) = &self.reason else {
             if self.judgement.rule.set() != 0 {
-                let rule = self.judgement.rule;
-                lines.push(format!(
-                    "    rule {} of set {}; the agent, which knows its name, is away",
-                    rule.bit(),
-                    rule.set()
-                ));
+                lines.push(format!("    {}; the agent, which knows its name, is away", numbered(self.judgement.rule)));
             }
             return lines;
         };
@@ -408,7 +508,7 @@ impl Say {
         if !reason.isolated_by.is_empty() {
             lines.push(format!("    isolated by {}", reason.isolated_by.join(", ")));
         }
-        if !self.judgement.allowed {
+        if !self.allowed() {
             let lacks =
                 |peer| if peer { "the peer matches, the port does not" } else { "the port matches, the peer does not" };
             lines
@@ -449,16 +549,7 @@ mod tests {
         let mut tables = PolicyTables { epoch: 1, ..PolicyTables::default() };
         tables.slots.insert(SlotWord::index(3, 1), SlotWord { block: 7, revision: 1 });
         tables.blocks.insert(7, BlockEntry { ingress: [0, 10, 0], egress: [4, 0, 5], ..BlockEntry::OPEN });
-        let entry = |next| SetEntry {
-            any_pod: Bits::ZERO,
-            any_address: Bits::ZERO,
-            any_port: Bits::ZERO,
-            accept: Bits::ZERO,
-            deny: Bits::ZERO,
-            digest: [0; 2],
-            next,
-            reserved: 0,
-        };
+        let entry = |next| SetEntry { next, ..SetEntry::EMPTY };
         tables.sets = std::collections::BTreeMap::from([(10, entry(11)), (11, entry(0)), (4, entry(0)), (5, entry(0))]);
         let found = |direction, set| tier(&tables, 3, direction, set);
         assert_eq!(found(Direction::Ingress, 11), Some("NetworkPolicy"));

@@ -7,7 +7,7 @@ use proxy_abi::{DeviceEntry, Hook, Reason};
 use serde_json::{Value, json};
 
 use super::{Format, VERSION, print, write};
-use crate::dataplane::describe::{Description, POD_QUOTA};
+use crate::dataplane::describe::{Description, POD_QUOTA, SOCKET_LB};
 use crate::dataplane::pins::{Maps, Pins, Usage};
 
 /// A pod that holds as many flows as it may.
@@ -116,7 +116,12 @@ pub fn status(pin_root: &Path, format: Format) -> Result<()> {
     let usage = maps.usage()?;
     let counts = counts(&maps)?;
     let drops = drops(&counts);
-    let quota = Description::read(&pins.maps())?.and_then(|said| said.settings.get(POD_QUOTA).copied());
+    let settings = Description::read(&pins.maps())?.unwrap_or_default().settings;
+    let quota = settings.get(POD_QUOTA).copied();
+    let translated = match settings.get(SOCKET_LB) {
+        Some(1) => Some(maps.cgroup_pod.count(|_, _| true)?),
+        _ => None,
+    };
     let limited = limited(&maps, quota.unwrap_or(0))?;
     let slots = maps.device.read()?.into_iter().map(|(_, device)| device.slot);
     let enforced = Enforced::of(slots, maps.policy.epoch.get(&0)?.unwrap_or(0));
@@ -153,6 +158,7 @@ pub fn status(pin_root: &Path, format: Format) -> Result<()> {
             "maps": usage,
             "pod_flow_quota": quota,
             "pods_at_quota": limited,
+            "socket_lb": { "of": if translated.is_some() { "all" } else { "node" }, "pods": translated.unwrap_or(0) },
             "policy": { "pods": enforced.pods, "held": enforced.held, "revision": enforced.revision },
             "drops": drops,
             "counters": counters,
@@ -166,11 +172,12 @@ pub fn status(pin_root: &Path, format: Format) -> Result<()> {
     };
     write(&format!(
         "agent   {}\npins    {}\nlinks   {links}\nquota   {quota} for each pod; pods at it: {}\n\
-         policy  {}\n",
+         policy  {}\nsockets {}\n",
         if running { "running" } else { "down; the kernel goes on with what it has" },
         pins.root().display(),
         limited.len(),
         enforced.text(),
+        translated.map_or("of the node".to_owned(), |pods| format!("of the node, and of {pods} pods")),
     ))?;
     let rows = usage
         .iter()

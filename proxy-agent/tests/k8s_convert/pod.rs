@@ -17,6 +17,7 @@ fn plain() -> Pod {
         host_network: false,
         finished: false,
         deleting: false,
+        socket_lb: true,
         created: 0,
         ips: vec![],
         ports: vec![],
@@ -59,6 +60,18 @@ fn pods() {
                         "deletionTimestamp": "2026-01-01T00:01:00Z", "annotations": {"a": "b"}})),
             Pod { labels: labels(&[("", "?"), ("app", "web")]), created: 1_767_225_610, deleting: true, ..plain() },
             &[],
+        ),
+        (meta(json!({"annotations": {"proxy-agent.io/socket-lb": "enabled"}})), plain(), &[]),
+        (
+            meta(json!({"annotations": {"proxy-agent.io/socket-lb": "disabled"}})),
+            Pod { socket_lb: false, ..plain() },
+            &[],
+        ),
+        (
+            meta(json!({"annotations": {"proxy-agent.io/socket-lb": "false"}})),
+            plain(),
+            &["warning metadata.annotations[proxy-agent.io/socket-lb]: \"false\" is neither \"enabled\" nor \
+               \"disabled\", and counts as \"enabled\""],
         ),
         (meta(json!({"creationTimestamp": "1960-01-01T00:00:00Z"})), plain(), &[]),
         (

@@ -18,6 +18,7 @@ fn policy(spec: &Value) -> networking_v1::NetworkPolicy {
 fn none() -> PolicySpec {
     PolicySpec {
         name: ObjectName::new("shop", "p"),
+        audit: None,
         pod_selector: None,
         policy_types: None,
         ingress: None,
@@ -199,4 +200,28 @@ fn what_stands_in_for_the_unreadable_isolates_both_ways() {
     let (parsed, found) = parse::policy(&unreadable_policy(ObjectName::new("shop", "p")));
     assert_eq!((found, parsed.subject.is_empty()), (vec![], true));
     assert_eq!((parsed.ingress, parsed.egress), (Some(vec![]), Some(vec![])));
+}
+
+/// Only `true` audits. What is neither true nor false is told, and the policy is enforced.
+#[test]
+fn the_annotation_that_audits() {
+    let rows = [
+        (json!({}), None, false, None),
+        (json!({"other/audit": "true"}), None, false, None),
+        (json!({"proxy-agent.io/audit": "true"}), Some("true"), true, None),
+        (json!({"proxy-agent.io/audit": "false"}), Some("false"), false, None),
+        (json!({"proxy-agent.io/audit": "True"}), Some("True"), false, Some("\"True\" is neither true nor false")),
+        (json!({"proxy-agent.io/audit": ""}), Some(""), false, Some("\"\" is neither true nor false")),
+    ];
+    for (annotations, written, audited, problem) in rows {
+        let object = json!({"metadata": {"name": "p", "namespace": "shop", "annotations": annotations}, "spec": {}});
+        let outcome = convert_policy(&serde_json::from_value(object).unwrap(), None).outcome.unwrap();
+        let (parsed, found) = parse::policy(&outcome);
+        let found: Vec<_> = found.iter().map(|finding| finding.problem.as_str()).collect();
+        assert_eq!(
+            (outcome.audit.as_deref(), parsed.audited, found),
+            (written, audited, Vec::from_iter(problem)),
+            "{annotations}"
+        );
+    }
 }

@@ -69,4 +69,7 @@ impl DeviceEntry {
     pub const NETDEV: u32 = 4;
     /// Not a pod's, and without programs: a bridge, whose addresses are what counts.
     pub const PLAIN: u32 = 8;
+    /// A pod's, with a slot whose policies are audited alone: no policy of the cluster is enforced, so the frame rules are
+    /// not either.
+    pub const AUDITED: u32 = 16;
 }

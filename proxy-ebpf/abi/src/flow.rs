@@ -116,7 +116,7 @@ abi! {
     /// Where a program makes a new flow: one for each CPU, in a map of its own that is not pinned. Programs at tc run
     /// with bottom halves off, so none of them interrupts another on its CPU. Being in a map, it costs no stack, and the
     /// verifier forgets what was written: paths that differ by nothing else are walked once.
-    pub struct Work [424 + NEXT] {
+    pub struct Work [432 + NEXT] {
         /// The tuple that a packet is to get.
         pub new: Tuple,
         /// Interface that it is redirected to; 0: on through the stack.
@@ -153,6 +153,10 @@ abi! {
         pub revision: u32,
         /// Its answer: the rule that decided, [`crate::policy::RuleRef`]; of the packet at hand, 0 = none.
         pub rule: u32,
+        /// What was asked, so that the shadow can be asked the same: protocol, flags and port.
+        pub asked_about: u32,
+        /// Of which slot.
+        pub asked_slot: u32,
     }
 
     /// A fragmented packet: RFC 791 §3.2, RFC 8200 §4.5.

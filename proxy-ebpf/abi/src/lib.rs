@@ -11,13 +11,15 @@
 //!   flow_live       HASH       FlowKey     40   FlowEntry       136  programs: established TCP; never evicted
 //!   flow_brief      LRU_HASH   FlowKey     40   FlowEntry       136  programs: handshakes, closing TCP, UDP
 //!   fragment        LRU_HASH   FragmentKey 40   FragmentEntry     8  programs
-//!   socket          LRU_HASH   SocketKey   32   SocketEntry      32  socket programs
+//!   socket          LRU_HASH   SocketKey   32   SocketEntry      32  socket programs: sockets of the node
+//!   cgroup_pod      HASH       cgroup id    8   CgroupPodEntry   40  agent: pods whose sockets are translated, if any
+//!   pod_socket      LRU_HASH   SocketKey   32   SocketEntry      32  socket programs: sockets of pods
 //!   counter         PERCPU_ARRAY index      4   CounterEntry     16  programs: hook × reason
 //!   prefix          LPM_TRIE   PrefixKey   24   u32               4  agent: service ranges, sources; the value is 1
 //!   pod_flows       HASH       ifindex      4   u64               8  programs: flows in flow_live; agent: recounted
 //!   affinity        LRU_HASH   AffinityKey 24   AffinityEntry    16  programs
-//!   work            PERCPU_ARRAY 0          4   Work            408  programs: scratch, not pinned
-//!   policy_...      ten maps, drawn in [`policy`]                        agent
+//!   work            PERCPU_ARRAY 0          4   Work            432  programs: scratch, not pinned
+//!   policy_...      twelve maps, drawn in [`policy`]                     agent; programs count
 //!   layout          ARRAY      row          4   LayoutRow        64  agent: these layouts, for another version's agent
 //! ```
 //!
@@ -105,13 +107,13 @@ pub use flow::{FlowEntry, FlowKey, FragmentEntry, FragmentKey, Stamp, TcpMoment,
 pub use service::{
     AffinityEntry, AffinityKey, BackendEntry, FrontendEntry, FrontendKey, NameBytes, PrefixKey, ServiceEntry,
 };
-pub use socket::{SocketEntry, SocketKey};
+pub use socket::{CgroupPodEntry, SocketEntry, SocketKey};
 pub use verdict::{CounterEntry, Hook, Reason};
 
 /// Version of every layout in this crate. It names the pin directory, so that two versions never share a map.
 /// Raise it with any change of a type here; `proxy-ebpf/abi/fingerprint` must change with it, which `cargo xtask tidy` checks.
 #[cfg(not(feature = "layout-next"))]
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 /// Of the imagined next version: not the number of any real one.
 #[cfg(feature = "layout-next")]
 pub const ABI_VERSION: u32 = 1000;
@@ -173,6 +175,10 @@ pub mod map {
     pub const FRAGMENT: &str = "fragment";
     /// Service addresses that sockets of this node asked for.
     pub const SOCKET: &str = "socket";
+    /// Cgroup id → pod whose sockets are translated.
+    pub const CGROUP_POD: &str = "cgroup_pod";
+    /// Service addresses that sockets of pods asked for.
+    pub const POD_SOCKET: &str = "pod_socket";
     /// Packets and bytes by hook and reason.
     pub const COUNTER: &str = "counter";
     /// Address ranges.
@@ -184,7 +190,7 @@ pub mod map {
     /// The layouts of all others.
     pub const LAYOUT: &str = "layout";
     /// All that the programs have.
-    pub const ALL: [&str; 24] = [
+    pub const ALL: [&str; 26] = [
         SERVICE,
         BACKEND,
         BACKEND_SLOT,
@@ -199,6 +205,8 @@ pub mod map {
         PREFIX,
         AFFINITY,
         POD_FLOWS,
+        CGROUP_POD,
+        POD_SOCKET,
         crate::policy::map::EPOCH,
         crate::policy::map::SLOT,
         crate::policy::map::POD,
@@ -235,6 +243,12 @@ pub mod capacity {
     pub const FRAGMENT: u32 = 8_192;
     /// Sockets of the node that use a Service over UDP, or asked for their peer.
     pub const SOCKET: u32 = 16_384;
+    /// Pods of this node whose sockets are translated. Any more are served by their packets.
+    pub const CGROUP_POD: u32 = 1_024;
+    /// Sockets of pods, where those are translated.
+    pub const POD_SOCKET: u32 = 65_536;
+    /// The same where they are not: a map of this type is allocated at once.
+    pub const NO_POD_SOCKET: u32 = 64;
     /// Service ranges, sources of load balancers.
     pub const PREFIX: u32 = 65_536;
     /// Clients of Services with session affinity.

@@ -11,6 +11,8 @@
 //!   policy_page   ARRAY     page            4   PortPage 512   port → cell, 256 ports to a page
 //!   policy_cell   HASH      cell            4   CellEntry 16   what a cell is, so that it survives the agent
 //!   policy_bits   HASH      BitsKey         8   Bits      32   rules of a set that match a cell
+//!   policy_hits   HASH      RuleRef         4   HitsEntry 16   how often a rule decided
+//!   policy_pod_hits ARRAY   slot            4   PodHits   32   what was refused to a pod, and what would have been
 //! ```
 //!
 //! A **cell** is a class of addresses, or of ports, that no rule tells apart. A rule matches a packet when it matches
@@ -26,6 +28,15 @@
 //! Every word that changes (slots, cells of addresses, pages) has two sides. A change writes the side that does not
 //! count, then `policy_epoch`, then the other side: all flows of the node go from the old policy to the new one in one
 //! store, and no program ever sees a mixture. A program that finds the epoch moved while it was judging judges again.
+//!
+//! **Hits.** Each judgement of a flow adds one to the row of the rule that decided, or of the set in which none matched: a
+//! new flow, one that is judged anew, and each packet of what is refused, which leaves no flow. Packets of a flow whose
+//! stamp holds count nothing. A rule only ever accepts or only ever denies (`SetEntry::accept`, `deny`), so one number for
+//! each is enough. The agent makes a set's rows before anything can reach the set, and removes them with it: a number that
+//! is given away again begins at 0. A rule without a row is not counted.
+//!
+//! **Shadow.** A block may name another one, [`BlockEntry::shadow`]: what the pod's policies would be with those that are
+//! only audited. It is asked of a flow that the block allows; what it refuses passes, and is counted.
 
 use crate::{IpBytes, PrefixKey, Proto};
 
@@ -46,7 +57,7 @@ abi! {
         pub egress: [u32; 3],
         /// [`BlockEntry::LOCKED`].
         pub flags: u32,
-        /// Block that is judged beside this one without effect; 0 = none.
+        /// Block that is judged beside this one without effect: with the policies that are only audited; 0 = none.
         pub shadow: u32,
     }
 
@@ -98,6 +109,22 @@ abi! {
     pub struct PodDigest [16] {
         /// Digest.
         pub digest: [u64; 2],
+    }
+
+    /// What a rule decided, or a set in which no rule matched. Programs add to it, on any CPU.
+    pub struct HitsEntry [16] {
+        /// Judgements.
+        pub count: u64,
+        /// When counting began, in seconds since 1970.
+        pub since: u64,
+    }
+
+    /// Judgements of a pod's flows that did not simply pass, since the pod has its slot. Programs add to it, on any CPU.
+    pub struct PodHits [32] {
+        /// Refused by a rule, or because none matched: towards the pod, and from it.
+        pub refused: [u64; 2],
+        /// Passed, and would have been refused if audited policies were enforced: towards the pod, and from it.
+        pub audited: [u64; 2],
     }
 
     /// A cell, as seen by a set.
@@ -168,6 +195,30 @@ impl BlockEntry {
     pub const LOCKED: u32 = 1;
     /// No policy.
     pub const OPEN: Self = Self { ingress: [0; 3], egress: [0; 3], flags: 0, shadow: 0 };
+}
+
+impl HitsEntry {
+    /// Nothing yet.
+    pub const ZERO: Self = Self { count: 0, since: 0 };
+}
+
+impl PodHits {
+    /// Nothing yet.
+    pub const ZERO: Self = Self { refused: [0; 2], audited: [0; 2] };
+}
+
+impl SetEntry {
+    /// No rule.
+    pub const EMPTY: Self = Self {
+        any_pod: Bits::ZERO,
+        any_address: Bits::ZERO,
+        any_port: Bits::ZERO,
+        accept: Bits::ZERO,
+        deny: Bits::ZERO,
+        digest: [0; 2],
+        next: 0,
+        reserved: 0,
+    };
 }
 
 impl Bits {
@@ -294,9 +345,13 @@ pub mod map {
     pub const CELL: &str = "policy_cell";
     /// Set and cell → rules that match.
     pub const BITS: &str = "policy_bits";
+    /// Rule → how often it decided.
+    pub const HITS: &str = "policy_hits";
+    /// Slot → what was refused.
+    pub const POD_HITS: &str = "policy_pod_hits";
 }
 
-/// Default capacities, in entries. Idle, these maps take about 7.5 MiB: computed from their buckets and arrays.
+/// Default capacities, in entries. Idle, these maps take about 8 MiB: computed from their buckets and arrays.
 pub mod capacity {
     /// Pods of this node: `policy_slot` has two words for each.
     pub const SLOT: u32 = 1_024;
@@ -312,4 +367,6 @@ pub mod capacity {
     pub const CELL: u32 = 65_536;
     /// Rules by set and cell.
     pub const BITS: u32 = 131_072;
+    /// Rules that are counted.
+    pub const HITS: u32 = 32_768;
 }

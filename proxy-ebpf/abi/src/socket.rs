@@ -1,4 +1,5 @@
-//! Sockets of the node's own network namespace, translated at `connect` and `sendmsg` instead of per packet.
+//! Sockets that are translated at `connect` and `sendmsg` instead of per packet: those of the node's own network namespace,
+//! and with `--socket-lb=all` those of pods.
 
 use crate::{IpBytes, PortBe};
 
@@ -23,8 +24,8 @@ abi! {
         pub ip: IpBytes,
         /// Its port.
         pub port: PortBe,
-        /// 0.
-        pub reserved: u16,
+        /// [`SocketEntry::CONNECTED`], or 0.
+        pub flags: u16,
         /// Backend id.
         pub backend: u32,
         /// Generation of that backend; a forward entry of another one is stale.
@@ -32,6 +33,24 @@ abi! {
         /// Service port.
         pub service: u32,
     }
+
+    /// A pod of this node whose sockets are translated; its key is the id of its cgroup, which the kernel uses once. Where no
+    /// ancestor of a process has an entry, its packets are translated instead.
+    pub struct CgroupPodEntry [40] {
+        /// The pod's IPv4 address, or [`IpBytes::UNSPECIFIED`]: which client it is to session affinity and source ranges.
+        pub ip4: IpBytes,
+        /// The same for IPv6.
+        pub ip6: IpBytes,
+        /// Host-side veth.
+        pub ifindex: u32,
+        /// 0.
+        pub reserved: u32,
+    }
+}
+
+impl SocketEntry {
+    /// Of a forward entry: `connect` chose, so a datagram that names the Service again goes there, too.
+    pub const CONNECTED: u16 = 1;
 }
 
 impl SocketKey {

@@ -26,6 +26,12 @@ pub mod map {
     pub const ALL: [&str; 3] = [TRACE, TRACE_PACKET, TRACE_RING];
 }
 
+/// Entry of the map `trace` that the reader writes.
+pub const CONTROL: u32 = 0;
+/// Entry of the map `trace` that the probes write.
+pub const FOLLOWED: u32 = 1;
+/// Entries of the map `trace`.
+pub const CONTROLS: u32 = 2;
 /// Packets that are followed at once; two entries each. A packet is followed for as long as it is in the node.
 pub const PACKETS: u32 = 8_192;
 /// Bytes of `trace_ring`.
@@ -73,8 +79,35 @@ pub mod point {
     pub const COUNT: u32 = 5;
 }
 
+/// What the programs `listener_tcp` and `listener_udp` of the probes are asked, by a map of one entry, and what they return.
+pub mod listener {
+    /// `struct bpf_sock_tuple` at the beginning: source, destination, ports; then the words below.
+    pub type Question = [u32; 11];
+    /// Word: id of the network namespace, as seen from the packet's; negative = that one.
+    pub const NAMESPACE: usize = 9;
+    /// Word: is the tuple of IPv4? 0 or 1.
+    pub const V4: usize = 10;
+    /// Bytes of a tuple of IPv4.
+    pub const TUPLE_V4: u32 = 12;
+    /// Bytes of a tuple of IPv6.
+    pub const TUPLE_V6: u32 = 36;
+    /// There is a socket.
+    pub const FOUND: i32 = 1;
+    /// There is none.
+    pub const NONE: i32 = 2;
+}
+
 abi! {
-    /// The value of the map `trace`.
+    /// What the program `symbol` of the probes is asked and answers, by a map of one entry.
+    pub struct TraceSymbol [136] {
+        /// An address of the kernel's code.
+        pub address: u64,
+        /// `name+0x12/0x34 [module]`, ended by a zero; the address again where there is no name.
+        pub text: [u8; 128],
+    }
+
+    /// The value of the map `trace`. Entry [`CONTROL`] is the reader's, who writes it as a whole; of entry [`FOLLOWED`], which is
+    /// the probes', `until` alone counts: 0 = no packet has been followed yet, so no program has to look for its own.
     pub struct TraceControl [32] {
         /// CLOCK_MONOTONIC, nanoseconds: decisions are told until then. 0 = off.
         pub until: u64,
@@ -135,7 +168,7 @@ abi! {
     }
 
     /// A followed packet at a tracepoint of the kernel.
-    pub struct TraceEvent [208] {
+    pub struct TraceEvent [216] {
         /// CLOCK_MONOTONIC, nanoseconds.
         pub at: u64,
         /// [`TracePacket::id`].
@@ -148,6 +181,8 @@ abi! {
         pub location: u64,
         /// The kernel's connection and its state in the lowest 3 bits; 0 = conntrack has not seen the packet.
         pub nfct: u64,
+        /// Cookie of the socket that it belongs to; 0 = it has none, or nobody has asked for it yet.
+        pub cookie: u64,
         /// Inode number of the device's network namespace.
         pub netns: u32,
         /// Index of the device there; 0 = the packet has none.
@@ -205,8 +240,8 @@ abi! {
         pub total: u64,
         /// First reason that is a drop.
         pub first_drop: u32,
-        /// 0.
-        pub reserved: u32,
+        /// A bit for each address of `trace_end`, by [`TraceFilter::bit_of`]: most packets need no look-up there.
+        pub ends: u32,
     }
 
     /// An address of one side of a selection.
@@ -333,6 +368,15 @@ impl TraceEvent {
 }
 
 impl TraceFilter {
+    /// The bit of an address in `ends`.
+    #[inline(always)]
+    pub const fn bit_of(ip: &IpBytes) -> u32 {
+        let [a, b, c, d] = ip.0;
+        let all = a ^ b ^ c ^ d;
+        let half = all ^ all >> 16;
+        1 << ((half ^ half >> 8) & 31)
+    }
+
     /// Packets are followed.
     pub const ACTIVE: u32 = 1;
     /// Side A is any address.

@@ -50,10 +50,10 @@ named! {
         ToNetdev = 3, "to_netdev", "tcx egress of an uplink or tunnel";
         FromBridge = 4, "from_bridge", "tcx ingress of the pod bridge";
         ToBridge = 5, "to_bridge", "tcx egress of the pod bridge";
-        Connect = 6, "connect", "connect() of a socket of the node";
-        Sendmsg = 7, "sendmsg", "sendmsg() of an unconnected UDP socket of the node";
-        Recvmsg = 8, "recvmsg", "recvmsg() of a UDP socket of the node";
-        Getpeername = 9, "getpeername", "getpeername() of a socket of the node";
+        Connect = 6, "connect", "connect() of a socket of the node, or of a pod";
+        Sendmsg = 7, "sendmsg", "sendmsg() of an unconnected UDP socket of the node, or of a pod";
+        Recvmsg = 8, "recvmsg", "recvmsg() of a UDP socket of the node, or of a pod";
+        Getpeername = 9, "getpeername", "getpeername() of a socket of the node, or of a pod";
     }
 }
 
@@ -81,6 +81,8 @@ named! {
         IcmpError = 18, "icmp_error", "ICMP error about a translated packet: translated like it";
         Midstream = 19, "midstream", "TCP segment to a Service from outside, in a connection that is not known: passed to the node";
         FragmentUnknown = 20, "fragment_unknown", "a fragment came before the one that has the ports: passed untouched";
+        PolicyAudit = 21, "policy_audit", "passed, and NetworkPolicies that are only audited would refuse the flow";
+        PacketPath = 22, "packet_path", "socket of a pod: what only packets can do is left to the programs at its interface";
         NoBackend = 32, "no_backend", "refused: the Service has no endpoint";
         FragmentBeforeFirst = 33, "fragment_before_first", "drop: a fragment came before the one that has the ports";
         NoFlow = 34, "no_flow", "drop: TCP segment to a Service in the middle of a connection that is not known";

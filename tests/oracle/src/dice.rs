@@ -12,6 +12,11 @@ use proxy_core::netpol::spec::{
 
 use crate::verdict::{Cluster, Oracle, Side};
 
+/// How often to throw, or where to begin: a number from the environment, which may have underscores.
+pub fn number(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.replace('_', "").parse().ok()).unwrap_or(otherwise)
+}
+
 /// This node in every random cluster.
 pub const NODE: &str = "node-1";
 const NODES: [&str; 2] = [NODE, "node-2"];
@@ -176,6 +181,7 @@ impl Dice {
             host_network,
             finished: self.chance(8),
             deleting: self.chance(10),
+            socket_lb: true,
             created: self.rng.u64(..4),
             ips,
             ports: self.some(4, Self::container_port),
@@ -226,6 +232,16 @@ impl Dice {
         selector
     }
 
+    fn audit(&mut self) -> Option<Arc<str>> {
+        let text = match self.rng.u8(..20) {
+            0..=3 => "true",
+            4 => "false",
+            5 => "True",
+            _ => return None,
+        };
+        Some(text.into())
+    }
+
     fn policy(&mut self, n: usize) -> PolicySpec {
         let types: Option<&[&str]> = match self.rng.u8(..20) {
             0..=6 => None,
@@ -237,6 +253,7 @@ impl Dice {
         };
         PolicySpec {
             name: ObjectName::new(NAMESPACES[n * NAMESPACES.len() / POLICIES], format!("policy-{n}")),
+            audit: self.audit(),
             pod_selector: if self.chance(10) { None } else { Some(self.selector()) },
             policy_types: types.map(|types| types.iter().map(|t| (*t).into()).collect()),
             ingress: self.rules(),

@@ -93,11 +93,13 @@ pub enum Row {
     Terminating,
     /// Without a known port, rules with ports match.
     Fragment,
+    /// Audited policies are enforced.
+    Audit,
 }
 
 impl Row {
     /// Every row.
-    pub const ALL: [Self; 45] = [
+    pub const ALL: [Self; 46] = [
         Self::O1,
         Self::O2,
         Self::O3,
@@ -143,5 +145,6 @@ impl Row {
         Self::Reuse,
         Self::Terminating,
         Self::Fragment,
+        Self::Audit,
     ];
 }

@@ -75,15 +75,34 @@ impl Oracle<'_> {
         self.broken == Some(row)
     }
 
+    /// Ruling: a policy whose annotation says `true` is only audited.
+    fn audited(&self, policy: &PolicySpec) -> bool {
+        policy.audit.as_deref() == Some("true") && !self.breaks(Row::Audit)
+    }
+
+    /// What would hold for a side that [`Self::judge`] allows if audited policies were enforced. Only of directions in which
+    /// one isolates the pod; else `None`.
+    pub fn shadow(&self, pod: &Pod, side: &Side) -> Option<Verdict> {
+        let verdict = self.judge_by(pod, side, |_| true);
+        let audited = |name: &ObjectName| self.cluster.policies.get(name).is_some_and(|(p, _)| self.audited(p));
+        verdict.isolating.iter().any(audited).then_some(verdict)
+    }
+
+    /// What is enforced.
+    pub fn judge(&self, pod: &Pod, side: &Side) -> Verdict {
+        self.judge_by(pod, side, |policy| !self.audited(policy))
+    }
+
     /// O8, O10 (concepts, "The two sorts of pod isolation"): no order, no deny; isolated iff selected by a policy of
     /// that direction; then what any rule allows may pass. Each side is judged alone.
-    pub fn judge(&self, pod: &Pod, side: &Side) -> Verdict {
+    fn judge_by(&self, pod: &Pod, side: &Side, counts: impl Fn(&PolicySpec) -> bool) -> Verdict {
         let mut verdict = Verdict { allowed: true, isolating: Vec::new(), rules: Vec::new() };
         if (self.local_node(side) || self.hairpin(side)) || (self.breaks(Row::O10) && !side.ingress) {
             return verdict;
         }
         for (name, (policy, _)) in self.cluster.policies.iter().filter(|(_, (p, deleted))| self.in_force(p, *deleted)) {
-            if !self.selects(policy, pod) || (self.breaks(Row::O8) && !verdict.isolating.is_empty()) {
+            if !counts(policy) || !self.selects(policy, pod) || (self.breaks(Row::O8) && !verdict.isolating.is_empty())
+            {
                 continue;
             }
             let (ingress, egress) = self.types(policy);

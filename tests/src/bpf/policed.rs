@@ -105,6 +105,18 @@ impl<'a> Policed<'a> {
         Ok(maps.device.set(&ifindex, &DeviceEntry { slot, ..row })?)
     }
 
+    /// Tells the interface of a pod whether its slot is there only to audit.
+    ///
+    /// # Errors
+    /// When the row cannot be written.
+    pub fn audit(&self, host: &Host, only: bool) -> Result<()> {
+        let maps = self.bench.bpf().maps();
+        let ifindex = self.bench.ifindex(host);
+        let row = maps.device.get(&ifindex)?.context("no such interface")?;
+        let flags = if only { row.flags | DeviceEntry::AUDITED } else { row.flags & !DeviceEntry::AUDITED };
+        Ok(maps.device.set(&ifindex, &DeviceEntry { flags, ..row })?)
+    }
+
     /// Tells the interface of a pod the slot of the object of this name.
     ///
     /// # Errors
@@ -140,6 +152,7 @@ pub fn pod(name: &str, host: &Host, node: &str) -> Pod {
         host_network: false,
         finished: false,
         deleting: false,
+        socket_lb: true,
         created: 0,
         ips: vec![IpAddr::V4(host.ip4), IpAddr::V6(host.ip6)],
         ports: Vec::new(),

@@ -220,5 +220,5 @@ fn changes_arrive_and_bookmarks_are_kept() {
     let lists = lists.filter(|r| r.user == user && r.verb == "list").map(|r| r.resource).collect::<Vec<_>>();
     // Services, slices, Nodes, ServiceCIDRs, NetworkPolicies.
     assert_eq!(lists.len(), 5, "each kind was listed once, at the start: {lists:?}");
-    vigil.end(100);
+    vigil.end(20);
 }

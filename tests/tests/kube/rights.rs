@@ -115,6 +115,13 @@ fn deployed_rights_suffice_and_one_verb_less_is_told() {
         assert!(line.contains("give the agent's user get, list and watch on this kind"), "{}: {line}", lacking.name());
     }
 
+    // Who may list has listed: the refusal of one kind may be told before another kind's list has come.
+    for (lacking, agent) in LACKING.iter().zip(&agents).filter(|(lacking, _)| lacking.verb != "list") {
+        let healthy =
+            Deadline::after(ARRIVES).until("healthy", || agent.get("/healthz").is_ok_and(|(code, _)| code == 200));
+        assert!(healthy.is_ok(), "{}:\n{}", lacking.name(), agent.log_text());
+    }
+
     // What is told of after the first lists reaches only those who may watch it.
     let after = dual("after", 11);
     stage.publish(&after);

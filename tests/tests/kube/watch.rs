@@ -107,7 +107,7 @@ fn traffic_does_not_notice_restarts_of_the_server() {
             report.sent()
         );
     }
-    vigil.end(50);
+    vigil.end(10);
 }
 
 /// The server is away for a while, and things change meanwhile. When it is back it has forgotten the agent's version.
@@ -141,7 +141,7 @@ fn changes_of_a_time_away_come_with_a_new_list() {
     Deadline::after(ARRIVES).until("the server was away long enough", || left.elapsed() >= AWAY).expect("time passes");
     assert_eq!(agent.get("/healthz").expect("its health").0, 200, "a server that is away makes no node unhealthy");
     // All that was there is there until the server says otherwise.
-    until_back.end(50);
+    until_back.end(10);
 
     // Without its cache the server asks etcd, which has forgotten the agent's version.
     stage.server.start_api(ApiOptions { watch_cache: false, ..ApiOptions::default() }).expect("ready");
@@ -159,7 +159,7 @@ fn changes_of_a_time_away_come_with_a_new_list() {
     };
     assert_eq!(["services", "endpointslices"].map(lists), [2, 2], "one list at the start, one after the 410");
     stage.check_follows(&agent, "after", 14);
-    vigil.end(100);
+    vigil.end(20);
 }
 
 #[test]
@@ -185,5 +185,5 @@ fn the_next_server_is_asked_when_one_does_not_answer() {
         stage.check_follows(&agent, name, host);
         Stage::wait_logged(&agent, seen, &["switched to another API server", url]);
     }
-    vigil.end(50);
+    vigil.end(10);
 }

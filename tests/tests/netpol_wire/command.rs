@@ -133,3 +133,25 @@ fn who_may_reach_whom_and_why() {
     let away: Vec<_> = endpoints(&stage).iter().map(|row| row["policy"].clone()).collect();
     assert_eq!(away.iter().filter(|policy| **policy == "ingress").count(), 1);
 }
+
+/// The flag counts for `explain` as for packets: for the pod's own node, and for nobody else.
+#[test]
+fn the_way_to_the_node_is_explained_as_it_is() {
+    for (args, own) in [(&[][..], 2), (&["--allow-pods-to-node"][..], 0)] {
+        let mut stage = Stage::with(args);
+        let closed =
+            json!({ "podSelector": { "matchLabels": { "pod": "a" } }, "policyTypes": ["Egress"], "egress": [] });
+        stage.apply("x", "closed", &closed);
+        stage.settle();
+        let pod = stage.scenario.cluster().pod("x-a").expect("a pod");
+        stage.wait_endpoint(0, &pod, "egress");
+        for family in Family::BOTH {
+            let node = stage.scenario.node(0).bridge_ip(family).to_string();
+            let (code, items) = explain(&stage, 0, ["x/x-a", &node, "22/tcp"]);
+            let cause = items[0]["sides"][0]["cause"].as_str().unwrap_or_default().to_owned();
+            assert_eq!((code, cause.contains("--allow-pods-to-node")), (own, own == 0), "{args:?} {node}: {cause}");
+            let other = stage.scenario.node(1).bridge_ip(family).to_string();
+            assert_eq!(explain(&stage, 0, ["x/x-a", &other, "22/tcp"]).0, 2, "{args:?} {other}");
+        }
+    }
+}

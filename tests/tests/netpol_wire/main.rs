@@ -1,5 +1,6 @@
 //! NetworkPolicy on simulated nodes: real agents, real packets, records of the CNI as containerd writes them.
 
+mod audit;
 mod bad_input;
 mod command;
 mod guard;

@@ -109,7 +109,8 @@ fn nothing_forbidden_passes_while_agents_die_and_policies_change() {
 
 #[test]
 fn a_new_pod_is_isolated_from_its_first_instant() {
-    let mut stage = Stage::build();
+    // The guard, because a netlink message may come later than a pod's first packet where the machine is busy.
+    let mut stage = Stage::with(&["--bridge-guard"]);
     let deny = json!({ "podSelector": { "matchLabels": { "isolated": "yes" } }, "policyTypes": ["Ingress", "Egress"] });
     stage.apply("x", "deny", &deny);
     stage.settle();

@@ -8,35 +8,54 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use proxy_tests::packet::{Frame, L4, proto};
+use proxy_tests::packet::{Frame, Sctp, proto};
 use proxy_tests::rawsock::RawSocket;
 use proxy_tests::traffic::{Answer, Transport, probe};
 use proxy_tests::{Deadline, Family, Pod};
 use serde_json::{Value, json};
 
-use crate::stage::{Expect, PORTS, Stage};
+use crate::stage::{Expect, PORTS, SCTP_PORTS, Stage};
 
 /// How long a packet may be on its way, when the machine does something else too.
 const LATE: Duration = Duration::from_millis(500);
 
-/// An INIT (RFC 9260 §3.3.2) to a port. Nobody looks at its CRC on the way; `tag` tells it from others.
-fn init(dst: u16, tag: u32) -> L4 {
-    let mut bytes = Vec::new();
-    bytes.extend(40_000_u16.to_be_bytes());
-    bytes.extend(dst.to_be_bytes());
-    bytes.extend([0; 8]); // no verification tag in an INIT; checksum
-    bytes.extend([1, 0, 0, 20]); // INIT, flags, length
-    bytes.extend(tag.to_be_bytes());
-    bytes.extend([0, 1, 0, 0]); // window
-    bytes.extend([0, 10, 0, 10]); // streams out, in
-    bytes.extend(tag.to_be_bytes()); // first TSN
-    L4::Other { proto: proto::SCTP, bytes }
+/// Source ports of what is sent to a pod's address, and to its Service's: to the pod they would look alike.
+const SOURCES: [u16; 2] = [40_000, 41_000];
+
+/// An INIT (RFC 9260 §3.3.2) to a port; its own tag tells it from others.
+fn init(src: u16, dst: u16, tag: u32) -> Sctp {
+    let mut chunk = vec![1, 0, 0, 20]; // INIT, flags, length
+    chunk.extend(tag.to_be_bytes());
+    chunk.extend([0, 1, 0, 0]); // window
+    chunk.extend([0, 10, 0, 10]); // streams out, in
+    chunk.extend(tag.to_be_bytes()); // first TSN
+    Sctp { src, dst, tag: 0, checksum: true, chunk }
 }
 
-/// One INIT that is sent: from, to, family, port.
-type Asked = (String, String, Family, u16);
+/// The ports and the tag of an INIT whose CRC is right.
+fn init_in(frame: &[u8]) -> Option<(u16, u16, u32)> {
+    let at = if frame.get(12) == Some(&0x08) { 34 } else { 54 };
+    if frame.get(if at == 34 { 23 } else { 20 }) != Some(&proto::SCTP) {
+        return None;
+    }
+    // An Ethernet frame may be longer than its packet; an INIT is not.
+    let packet = Sctp::read(frame.get(at..at + 32)?)?;
+    let tag = packet.chunk.get(4..8).and_then(|tag| <[u8; 4]>::try_from(tag).ok())?;
+    Some((packet.src, packet.dst, u32::from_be_bytes(tag)))
+}
 
-/// Sends an INIT from every pod to every other one, in both families on both ports, and gives those that arrived.
+/// By which address a pod is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum By {
+    Pod,
+    Service,
+}
+
+/// One INIT that is sent: from, to, by which address, family, port.
+type Asked = (String, String, By, Family, u16);
+
+/// Sends an INIT from every pod to every other one and to its Service, in both families on both ports, and gives those that
+/// arrived: at the right pod and port, with the right CRC.
 fn arrived(stage: &Stage, wanted: &BTreeSet<Asked>) -> BTreeSet<Asked> {
     let cluster = stage.scenario.cluster();
     let pods: Vec<Pod> = cluster.pods();
@@ -45,14 +64,21 @@ fn arrived(stage: &Stage, wanted: &BTreeSet<Asked>) -> BTreeSet<Asked> {
     let mut frames = Vec::new();
     for (from, socket) in pods.iter().zip(&sockets) {
         for to in pods.iter().filter(|to| to.name() != from.name()) {
-            for family in Family::BOTH {
-                for port in PORTS {
-                    let tag = u32::try_from(asked.len() + 1).expect("few");
-                    let bridge = cluster.node(from.node()).expect("node").bridge_mac();
-                    let mac = if from.node() == to.node() { to.mac() } else { bridge };
-                    let frame = Frame::ip((from.mac(), from.ip(family)), (mac, to.ip(family)), init(port, tag));
-                    frames.push((socket, frame.build()));
-                    asked.push((from.name().to_owned(), to.name().to_owned(), family, port));
+            for (by, src) in [By::Pod, By::Service].into_iter().zip(SOURCES) {
+                for family in Family::BOTH {
+                    for port in PORTS {
+                        let tag = u32::try_from(asked.len() + 1).expect("few");
+                        let bridge = cluster.node(from.node()).expect("node").bridge_mac();
+                        let (mac, ip, dst) = match by {
+                            By::Pod if from.node() == to.node() => (to.mac(), to.ip(family), port),
+                            By::Pod => (bridge, to.ip(family), port),
+                            By::Service => (bridge, stage.vip(to.name(), family), SCTP_PORTS + port),
+                        };
+                        let packet = init(src, dst, tag).into();
+                        let frame = Frame::ip((from.mac(), from.ip(family)), (mac, ip), packet);
+                        frames.push((socket, frame.build()));
+                        asked.push((from.name().to_owned(), to.name().to_owned(), by, family, port));
+                    }
                 }
             }
         }
@@ -63,13 +89,10 @@ fn arrived(stage: &Stage, wanted: &BTreeSet<Asked>) -> BTreeSet<Asked> {
             let (heard, asked, stop) = (&heard, &asked, &stop);
             scope.spawn(move || {
                 let look = |frame: &[u8]| {
-                    let at = if frame.get(12) == Some(&0x08) { 34 } else { 54 };
-                    let is_sctp = frame.get(if at == 34 { 23 } else { 20 }) == Some(&proto::SCTP);
-                    let tag = frame.get(at + 16..at + 20).and_then(|tag| <[u8; 4]>::try_from(tag).ok());
-                    let Some(tag) = tag.filter(|_| is_sctp) else { return };
-                    let number = u32::from_be_bytes(tag) as usize;
-                    if let Some(one) = number.checked_sub(1).and_then(|number| asked.get(number))
+                    let Some((src, dst, tag)) = init_in(frame) else { return };
+                    if let Some(one) = (tag as usize).checked_sub(1).and_then(|number| asked.get(number))
                         && one.1 == pod.name()
+                        && (src, dst) == (SOURCES[one.2 as usize], one.4)
                     {
                         heard.lock().expect("whole").insert(one.clone());
                     }
@@ -94,8 +117,8 @@ fn check(stage: &Stage, what: &str, expects: &[Expect]) {
     for from in &pods {
         for to in pods.iter().filter(|to| to.name() != from.name()) {
             for expect in expects.iter().filter(|expect| expect.of(from.name(), to.name())) {
-                for family in Family::BOTH {
-                    wanted.insert((from.name().to_owned(), to.name().to_owned(), family, expect.port));
+                for (by, family) in [By::Pod, By::Service].into_iter().flat_map(|by| Family::BOTH.map(|f| (by, f))) {
+                    wanted.insert((from.name().to_owned(), to.name().to_owned(), by, family, expect.port));
                 }
             }
         }

@@ -22,6 +22,8 @@ const NODES: [(&str, &[&str]); 2] =
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
 /// Ports that every pod serves on TCP and UDP, under the names `serve-80-tcp` and so on.
 pub(crate) const PORTS: [u16; 2] = [80, 81];
+/// A Service's port for SCTP is this much more than the pod's: nobody listens, so that packets tell whether it was translated.
+pub(crate) const SCTP_PORTS: u16 = 1_000;
 /// How long a request waits when it is first made, and when it is made again.
 const PATIENCE: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(700)];
 /// How long a policy may take to show, on a machine that is busy with other tests.
@@ -78,6 +80,7 @@ impl Stage {
                 ports.extend([
                     ServicePort::tcp(&format!("tcp-{port}"), port, port),
                     ServicePort::udp(&format!("udp-{port}"), port, port),
+                    ServicePort::sctp(&format!("sctp-{port}"), SCTP_PORTS + port, port),
                 ]);
                 let tcp = TcpServer::start(pod.netns(), pod.name(), port).expect("server");
                 let udp = UdpServer::start(pod.netns(), pod.name(), port).expect("server");
@@ -100,6 +103,14 @@ impl Stage {
     /// Writes a policy.
     pub(crate) fn apply(&mut self, namespace: &str, name: &str, spec: &Value) {
         self.scenario.manifests().write(&network_policy(namespace, name, spec)).expect("written");
+        self.policies.insert((namespace.to_owned(), name.to_owned()));
+    }
+
+    /// Writes a policy that is only audited.
+    pub(crate) fn audit(&mut self, namespace: &str, name: &str, spec: &Value) {
+        let mut object = network_policy(namespace, name, spec);
+        object["metadata"]["annotations"] = json!({ "proxy-agent.io/audit": "true" });
+        self.scenario.manifests().write(&object).expect("written");
         self.policies.insert((namespace.to_owned(), name.to_owned()));
     }
 

@@ -60,7 +60,7 @@ const WALLS: &[Wall] = &[
     Wall {
         word: "C",
         how: Use::Representation,
-        allowed: &["proxy-ebpf/abi/src/", "proxy-agent/src/dataplane/sysbpf.rs"],
+        allowed: &["proxy-ebpf/abi/src/", "proxy-agent/src/dataplane/sysbpf.rs", "proxy-agent/src/dataplane/sysbpf/"],
         advice: "types that lie in maps are made by the `abi!` macro in proxy-ebpf/abi",
     },
     Wall {
@@ -82,6 +82,7 @@ const UNSAFE: &[&str] = &[
     "proxy-ebpf/src/bin/trace/",
     // bpf(2) calls that aya lacks.
     "proxy-agent/src/dataplane/sysbpf.rs",
+    "proxy-agent/src/dataplane/sysbpf/",
     // Lends a socket to the runtime for as long as it lives.
     "proxy-agent/src/node/netlink.rs",
 ];

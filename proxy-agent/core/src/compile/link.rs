@@ -116,7 +116,7 @@ impl Compiler {
             pod_mac: link.pod_mac,
             gateway_mac: link.gateway_mac,
             bridge: link.bridge,
-            flags,
+            flags: flags | if state.is_audited(link) { DeviceEntry::AUDITED } else { 0 },
             slot,
             reserved: 0,
             since: 0,
@@ -159,6 +159,21 @@ impl Compiler {
             mtu: device.mtu,
         };
         tables.devices.want(device.ifindex, entry);
+    }
+
+    /// Compiles which pods' sockets are translated. Those that find no room are served by their packets.
+    pub(super) fn compile_cgroup_pods(&self, state: &ClusterState, tables: &mut TableDeltas) {
+        let Some(pods) = state.cgroup_pods() else { return };
+        let room = usize::try_from(self.capacity.cgroup_pods).unwrap_or(usize::MAX);
+        let wanted: BTreeMap<_, _> = pods.iter().take(room).map(|(id, entry)| (*id, *entry)).collect();
+        let gone: Vec<u64> =
+            tables.cgroup_pods.desired().keys().filter(|id| !wanted.contains_key(id)).copied().collect();
+        for id in gone {
+            tables.cgroup_pods.unwant(&id);
+        }
+        for (id, entry) in wanted {
+            tables.cgroup_pods.want(id, entry);
+        }
     }
 
     /// Is there no room for this interface? It is tried again when another one goes.

@@ -22,6 +22,9 @@ impl Compiler {
     /// numbers of ours.
     pub fn restore(&mut self, actual: &Tables, tables: &mut TableDeltas, now: u64) {
         tables.load(actual.clone());
+        for (id, entry) in &actual.cgroup_pods {
+            tables.cgroup_pods.want(*id, *entry);
+        }
         self.pools.generations = Generations::restored(actual.backends.values().map(|entry| entry.generation));
         let names = self.restore_services(actual, tables);
         let mut ports: BTreeMap<u32, Port> = names

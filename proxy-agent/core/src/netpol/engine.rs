@@ -12,16 +12,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use proxy_abi::policy::{Bits, BlockEntry, Direction, PodDigest, capacity, cell, tier};
+use proxy_abi::policy::{Bits, BlockEntry, PodDigest, capacity, cell};
 use proxy_abi::{DeviceEntry, Proto};
 
 use self::blocks::Blocks;
-use self::sets::{SetFault, Sets};
-use super::digest;
+use self::sets::Sets;
+use self::subject::Without;
+pub use self::subject::{Firsts, LockCause, Shadow, Subject};
 use super::partition::{Cell, Partition};
-use super::policy::PortName;
 use super::predicate::{Question, Questions};
-use super::rules::{self, RuleSet};
+use super::rules::RuleSet;
 use super::spec::Change;
 use super::tables::{Op, PolicyTables};
 use super::world::{Touched, World};
@@ -32,7 +32,9 @@ use crate::name::ObjectName;
 mod blocks;
 mod derive;
 mod emit;
+mod hits;
 mod sets;
+mod subject;
 
 /// Room in the maps, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +53,8 @@ pub struct Limits {
     pub cells: u32,
     /// Rules by set and cell.
     pub bits: u32,
+    /// Rules that are counted; those beyond are not.
+    pub hits: u32,
     /// More rules than this for one pod and direction are merged by their ports.
     pub merge_above: usize,
     /// Rules of one set, at most 256; a pod has at most [`proxy_abi::policy::MAX_CHAIN`] times as many in a direction.
@@ -67,6 +71,7 @@ impl Default for Limits {
             prefixes: capacity::PREFIX,
             cells: capacity::CELL,
             bits: capacity::BITS,
+            hits: capacity::HITS,
             merge_above: 256,
             rules_per_set: 256,
         }
@@ -95,39 +100,6 @@ impl Transition {
     pub fn is_empty(&self) -> bool {
         self.ops().next().is_none()
     }
-}
-
-/// A pod of this node.
-#[derive(Clone, Debug)]
-pub struct Subject {
-    /// Its slot.
-    pub slot: u16,
-    /// Its UID.
-    pub uid: Arc<str>,
-    /// Index of its block.
-    pub block: u32,
-    /// First of the sets by which NetworkPolicies isolate it, ingress and egress.
-    pub sets: [Option<u32>; 2],
-    /// Why it is locked.
-    pub locked: Option<LockCause>,
-    names: BTreeSet<PortName>,
-}
-
-/// What does not fit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
-pub enum LockCause {
-    /// Too many rules with different ports for one pod.
-    #[error("its policies have too many rules with different ports")]
-    Rules,
-    /// No number left for a set.
-    #[error("no room for its rules in {}", proxy_abi::policy::map::SET)]
-    Sets,
-    /// No number left for a block.
-    #[error("no room in {}", proxy_abi::policy::map::BLOCK)]
-    Blocks,
-    /// No room for what its rules match.
-    #[error("no room for what its rules match in the maps of cells, ranges and bits")]
-    Entries,
 }
 
 /// The compiler with its state.
@@ -162,6 +134,10 @@ pub struct Engine {
     full: bool,
     /// Something did not fit, and the last transition made room.
     retry: bool,
+    /// Who did without something after the last transition, and why.
+    lacking: BTreeMap<ObjectName, (Option<LockCause>, Option<LockCause>)>,
+    /// Somebody lacks a number: no shadow takes any.
+    crowded: bool,
     work: Work,
 }
 
@@ -200,6 +176,8 @@ impl Engine {
             bits_of: BTreeMap::new(),
             full: true,
             retry: false,
+            lacking: BTreeMap::new(),
+            crowded: false,
             work: Work::default(),
             limits,
         };
@@ -266,7 +244,7 @@ impl Engine {
         let touched = std::mem::take(&mut self.touched);
         let mut subjects = touched.subjects;
         for (name, subject) in &self.subjects {
-            if subject.locked.is_some() || !touched.names.is_disjoint(&subject.names) {
+            if subject.lacks() || !touched.names.is_disjoint(&subject.names) {
                 subjects.insert(name.clone());
             }
         }
@@ -274,13 +252,16 @@ impl Engine {
         self.work.ips.extend(touched.ips);
         self.work.ips.extend(std::mem::take(&mut self.unplaced).into_keys());
         let mut members = touched.members;
-        let mut locked = BTreeMap::new();
+        let mut without: BTreeMap<ObjectName, Without> = BTreeMap::new();
         loop {
-            for name in subjects {
-                self.derive_subject(&name, locked.get(&name).copied());
+            while !subjects.is_empty() {
+                for name in std::mem::take(&mut subjects) {
+                    self.derive_subject(&name, without.get(&name).copied().unwrap_or_default());
+                }
+                self.sets.sweep(&mut self.questions, |id| self.tables.sets.contains_key(&id));
+                self.blocks.sweep(|id| self.tables.blocks.contains_key(&id));
+                subjects = self.crowd();
             }
-            self.sets.sweep(&mut self.questions, |id| self.tables.sets.contains_key(&id));
-            self.blocks.sweep(|id| self.tables.blocks.contains_key(&id));
             self.derive_questions(std::mem::take(&mut members));
             self.derive_ips();
             if self.work.ports {
@@ -300,13 +281,16 @@ impl Engine {
                     return transition;
                 }
                 Some(Overflow::Subject(name)) => {
-                    locked.insert(name.clone(), LockCause::Entries);
-                    subjects = BTreeSet::from([name]);
+                    without.entry(name.clone()).or_default().policies = true;
+                    subjects.insert(name);
+                }
+                Some(Overflow::Shadow(name)) => {
+                    without.entry(name.clone()).or_default().shadow = true;
+                    subjects.insert(name);
                 }
                 Some(Overflow::Ips(ips)) => {
                     self.work.ips.extend(ips.iter().map(|(ip, _)| *ip));
                     self.unplaced.extend(ips);
-                    subjects = BTreeSet::new();
                 }
             }
         }
@@ -325,7 +309,7 @@ impl Engine {
 
     /// Is there somebody who does without a number?
     fn wants_number(&self) -> bool {
-        let wants = |subject: &Subject| matches!(subject.locked, Some(LockCause::Sets | LockCause::Blocks));
+        let wants = |subject: &Subject| subject.locked.or(subject.unaudited).is_some_and(LockCause::is_number);
         !self.unslotted.is_empty() || self.subjects.values().any(wants)
     }
 
@@ -333,89 +317,6 @@ impl Engine {
     pub fn next_release(&self, grace: u64) -> Option<u64> {
         let numbers = [self.slots.next_release(grace), self.sets.next_release(grace), self.blocks.next_release(grace)];
         if self.wants_number() { numbers.into_iter().flatten().min() } else { None }
-    }
-
-    /// The rules of one pod of this node.
-    fn derive_subject(&mut self, name: &ObjectName, lock: Option<LockCause>) {
-        let member = self.world.member(name).filter(|member| self.world.is_local(&member.pod));
-        let pod = member.map(|member| Arc::clone(&member.pod));
-        if self.subjects.get(name).is_some_and(|subject| pod.as_ref().is_none_or(|pod| pod.uid != subject.uid)) {
-            self.remove_subject(name);
-        }
-        let Some(pod) = pod else { return };
-        let policies = self.world.policies(&pod.name.namespace, &pod.labels);
-        let facts = rules::Subject {
-            pod: &pod,
-            policies: &policies,
-            numbers: self.world.numbers(),
-            merge_above: self.limits.merge_above,
-        };
-        let names = facts.names();
-        let wanted = [facts.rules(Direction::Ingress), facts.rules(Direction::Egress)];
-        let old = self.subjects.remove(name);
-        let Some(slot) = old.as_ref().map(|old| old.slot).or_else(|| self.take_slot(&pod.uid)) else {
-            self.unslotted.insert(name.clone());
-            return;
-        };
-        let mut sets = [None, None];
-        let mut fault = lock;
-        for (set, rules) in sets.iter_mut().zip(wanted) {
-            let Some(rules) = rules.filter(|_| fault.is_none()) else { continue };
-            match self.sets.acquire(rules, self.limits.rules_per_set, &mut self.questions) {
-                Ok(id) => *set = Some(id),
-                Err(SetFault::Rules) => fault = Some(LockCause::Rules),
-                Err(SetFault::Ids) => fault = Some(LockCause::Sets),
-            }
-        }
-        let mut block = if fault.is_none() { self.take_block(sets) } else { None };
-        if block.is_none() {
-            fault = fault.or(Some(LockCause::Blocks));
-            for set in std::mem::take(&mut sets).into_iter().flatten() {
-                self.sets.release(set);
-            }
-            block = Some(BlockEntry::LOCKED_ID);
-        }
-        let block = block.unwrap_or(BlockEntry::LOCKED_ID);
-        if old.as_ref().is_none_or(|old| old.block != block) {
-            self.work.subjects.insert(name.clone());
-        }
-        let new = Subject { slot, uid: Arc::clone(&pod.uid), block, sets, locked: fault, names };
-        self.subjects.insert(name.clone(), new);
-        if let Some(old) = old {
-            self.release_subject(&old);
-        }
-    }
-
-    fn take_slot(&mut self, uid: &str) -> Option<u16> {
-        let found = self.found_slots.remove(&PodDigest { digest: digest::of(&uid) });
-        found.or_else(|| self.slots.allocate().and_then(|slot| u16::try_from(slot).ok()))
-    }
-
-    fn take_block(&mut self, [ingress, egress]: [Option<u32>; 2]) -> Option<u32> {
-        if ingress.is_none() && egress.is_none() {
-            return Some(BlockEntry::OPEN_ID);
-        }
-        let mut entry = BlockEntry::OPEN;
-        entry.ingress[tier::NETWORK_POLICY] = ingress.unwrap_or(0);
-        entry.egress[tier::NETWORK_POLICY] = egress.unwrap_or(0);
-        self.blocks.acquire(entry)
-    }
-
-    fn release_subject(&mut self, subject: &Subject) {
-        for set in subject.sets.into_iter().flatten() {
-            self.sets.release(set);
-        }
-        self.blocks.release(subject.block);
-    }
-
-    fn remove_subject(&mut self, name: &ObjectName) {
-        if let Some(subject) = self.subjects.remove(name) {
-            self.release_subject(&subject);
-            // A slot that the maps know is free when they have forgotten its pod.
-            if !self.tables.pods.contains_key(&u32::from(subject.slot)) {
-                self.slots.give_back(subject.slot.into());
-            }
-        }
     }
 
     /// Who must do without, so that the transition fits into the maps.
@@ -443,10 +344,17 @@ impl Engine {
             return None;
         }
         let size = |subject: &Subject| {
-            let pieces = subject.sets.iter().flatten().flat_map(|first| self.sets.chain(*first));
+            let pieces = subject.firsts().flat_map(|first| self.sets.chain(first));
             pieces.filter_map(|id| self.sets.pieces().get(id)).map(|piece| piece.answers.len()).sum::<usize>()
         };
         let changed = self.work.subjects.iter().filter_map(|name| Some((name, self.subjects.get(name)?)));
+        // What is only audited gives way first: of those that are new, or of all.
+        let audited = |(_, subject): &(&ObjectName, &Subject)| subject.shadow.is_some();
+        let shadows = changed.clone().filter(audited).max_by_key(|(_, subject)| size(subject));
+        let shadows = shadows.or_else(|| self.subjects.iter().filter(audited).max_by_key(|(_, subject)| size(subject)));
+        if let Some((name, _)) = shadows {
+            return Some(Overflow::Shadow(name.clone()));
+        }
         let open = changed.filter(|(_, subject)| subject.locked.is_none() && subject.block != BlockEntry::OPEN_ID);
         if let Some((name, _)) = open.max_by_key(|(_, subject)| size(subject)) {
             return Some(Overflow::Subject(name.clone()));
@@ -483,6 +391,11 @@ impl Engine {
         self.sets.rules()
     }
 
+    /// The same, with the entries of `policy_set` that each is cut into.
+    pub(super) fn chains(&self) -> impl Iterator<Item = (&RuleSet, &[u32])> {
+        self.sets.chains()
+    }
+
     /// The cells that answer yes to a question.
     pub(super) fn cells(&self, question: &Question) -> impl Iterator<Item = u32> + '_ {
         self.questions.element(question).into_iter().flat_map(|element| self.partition.of_element(element))
@@ -509,6 +422,13 @@ impl Engine {
         };
         for (name, subject) in &self.subjects {
             all.extend(subject.locked.map(|cause| locked(name, cause.to_string())));
+            all.extend(subject.unaudited.map(|cause| Diagnostic {
+                severity: Severity::Warning,
+                object: format!("Pod {name}"),
+                field: String::new(),
+                problem: format!("its audited policies are not judged: {cause}"),
+                fix: "what they would refuse is not counted until there is room".to_owned(),
+            }));
         }
         all.extend(self.unslotted.iter().map(|name| locked(name, "no slot left for it".to_owned())));
         for ip in self.unplaced.keys() {
@@ -529,6 +449,8 @@ impl Engine {
 enum Overflow {
     /// The rules of this pod: it is locked.
     Subject(ObjectName),
+    /// The policies of this pod that are only audited.
+    Shadow(ObjectName),
     /// These addresses: they get a cell of which there is always one, or none.
     Ips(Vec<(IpAddr, u32)>),
 }

@@ -5,11 +5,11 @@
 
 use std::fmt;
 
-use proxy_abi::policy::{BlockEntry, PortPage, SlotWord, cell};
+use proxy_abi::policy::{BlockEntry, PortPage, RuleRef, SlotWord, cell};
 
 use super::dataplane::PolicyDataplane;
 use super::engine::Limits;
-use super::tables::{Op, PolicyTables, prefix_net};
+use super::tables::{Op, PolicyTables, Start, prefix_net};
 pub use crate::fake::When;
 
 /// The fake.
@@ -135,16 +135,19 @@ impl FakePolicyMaps {
             }
             Op::Block(id, Some(entry)) => {
                 let mut sets = entry.ingress.into_iter().chain(entry.egress).filter(|set| *set != 0);
+                let beside = entry.shadow == 0 || tables.blocks.contains_key(&entry.shadow);
                 let whole = sets.all(|first| self.chain(first).all(|id| tables.sets.contains_key(&id)));
                 first_broken([
                     (*id != 0 && *id < self.limits.blocks, "block out of range"),
                     (whole, "a block names an absent set"),
+                    (beside, "a block has an absent shadow"),
                     (tables.blocks.get(id) == Some(entry) || !self.is_named_block(*id), "a block changed while in use"),
                 ])
             }
             Op::Block(id, None) => first_broken([
                 (*id != BlockEntry::OPEN_ID && *id != BlockEntry::LOCKED_ID, "one of the fixed blocks removed"),
                 (!self.is_named_block(*id), "a block removed while in use"),
+                (tables.blocks.values().all(|block| block.shadow != *id), "a shadow removed while in use"),
             ]),
             Op::Set(id, Some(entry)) => first_broken([
                 (*id != 0 && *id < self.limits.sets, "set out of range"),
@@ -189,6 +192,19 @@ impl FakePolicyMaps {
                 (tables.sets.contains_key(&key.set), "rules of an absent set"),
                 (self.is_cell(key.cell), "rules for an absent cell"),
             ]),
+            Op::Hits(rule, Some(start)) => {
+                let is_kept = |other| tables.hits.contains(&other);
+                first_broken([
+                    (
+                        !is_kept(*rule) || !self.is_named_set(RuleRef(*rule).set()),
+                        "a rule's count begins anew while in use",
+                    ),
+                    (!matches!(start, Start::Of(other) if !is_kept(*other)), "a count goes on from none"),
+                ])
+            }
+            Op::Hits(rule, None) => {
+                first_broken([(!self.is_named_set(RuleRef(*rule).set()), "a rule in use is counted no more")])
+            }
             Op::Cell(_, Some(_)) | Op::Bits(_, None) => None,
         }
     }
@@ -205,6 +221,7 @@ impl FakePolicyMaps {
                 !tables.prefixes.contains_key(key) && tables.prefixes.len() >= limits.prefixes as usize
             }
             Op::Cell(id, Some(_)) => !tables.cells.contains_key(id) && tables.cells.len() >= limits.cells as usize,
+            Op::Hits(rule, Some(_)) => !tables.hits.contains(rule) && tables.hits.len() >= limits.hits as usize,
             Op::Bits(key, Some(_)) => !tables.bits.contains_key(key) && tables.bits.len() >= limits.bits as usize,
             _ => false,
         }

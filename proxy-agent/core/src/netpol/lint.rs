@@ -213,6 +213,7 @@ pub fn without_cluster(policies: &[PolicySpec]) -> Vec<Finding> {
             host_network: false,
             finished: false,
             deleting: false,
+            socket_lb: true,
             created: 0,
             ips: Vec::new(),
             ports: Vec::new(),

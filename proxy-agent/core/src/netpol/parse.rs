@@ -8,7 +8,7 @@ use proxy_abi::Proto;
 use super::block::{self, IpBlock};
 use super::policy::{Namespaces, Peer, Peers, Policy, Port, PortName, PortRange, Ports, Rule};
 use super::selector::Selector;
-use super::spec::{PeerSpec, PolicySpec, PortNumber, PortSpec, RuleSpec, SelectorSpec};
+use super::spec::{AUDIT, PeerSpec, PolicySpec, PortNumber, PortSpec, RuleSpec, SelectorSpec};
 use crate::diagnostic::{Diagnostic, Severity};
 
 /// Reads a policy.
@@ -30,6 +30,7 @@ pub fn policy(spec: &PolicySpec) -> (Policy, Vec<Diagnostic>) {
     };
     let policy = Policy {
         name: spec.name.clone(),
+        audited: reader.audited(spec.audit.as_deref()),
         subject,
         ingress: ingress.then(|| rules(&mut reader, &spec.ingress, "ingress")),
         egress: egress.then(|| rules(&mut reader, &spec.egress, "egress")),
@@ -61,6 +62,19 @@ impl Reader {
             problem: problem.to_string(),
             fix: fix.to_owned(),
         });
+    }
+
+    /// Is it only audited?
+    fn audited(&mut self, text: Option<&str>) -> bool {
+        match text {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(other) => {
+                let problem = format!("{other:?} is neither true nor false");
+                self.report(&format!("metadata.annotations[{AUDIT}]"), &problem, "it is enforced until mended");
+                false
+            }
+        }
     }
 
     /// Which directions it isolates.

@@ -14,6 +14,8 @@ use crate::name::ObjectName;
 pub struct Policy {
     /// Name.
     pub name: ObjectName,
+    /// It is not enforced: what it would refuse passes, and is counted.
+    pub audited: bool,
     /// The pods it is for, within its namespace.
     pub subject: Selector,
     /// What may reach them; `None` = says nothing about ingress. Without a rule nothing may.

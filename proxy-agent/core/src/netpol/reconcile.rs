@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use proxy_abi::policy::{PodDigest, SlotWord};
+use proxy_abi::policy::{BlockEntry, PodDigest, SlotWord};
 
 use super::dataplane::PolicyDataplane;
 use super::digest;
@@ -90,10 +90,22 @@ pub struct PolicyReport<E> {
     pub pending: usize,
     /// When to call again if no change comes before; `None` = nothing is left to do.
     pub retry_at: Option<u64>,
-    /// [`PolicyReconciler::slot`] or [`PolicyReconciler::enforces`] give other answers than before this call.
+    /// [`PolicyReconciler::slot`] or [`PolicyReconciler::regime`] give other answers than before this call.
     pub slots_changed: bool,
     /// The policy of the maps is another one than before this call.
     pub switched: bool,
+}
+
+/// How far policies reach on this node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Regime {
+    /// There are none.
+    #[default]
+    Off,
+    /// All that there are, are audited: flows are judged, and nothing is refused.
+    Audited,
+    /// They are enforced.
+    Enforced,
 }
 
 /// Commits of one call, at most: room that one makes is used by the next.
@@ -124,7 +136,7 @@ struct Realised {
     slots: BTreeMap<Arc<str>, u16>,
     /// Slots that were found in the maps at the start, until the first commit is done.
     found: BTreeMap<PodDigest, u16>,
-    enforces: bool,
+    regime: Regime,
     epoch: u32,
 }
 
@@ -217,7 +229,7 @@ impl PolicyReconciler {
         report.switched = before.epoch != self.realised.epoch;
         report.slots_changed = before.slots != self.realised.slots
             || before.found != self.realised.found
-            || before.enforces != self.realised.enforces;
+            || before.regime != self.realised.regime;
         report
     }
 
@@ -240,6 +252,10 @@ impl PolicyReconciler {
             // Whatever the maps hold, nobody asks them.
             self.realised = Realised { epoch: self.realised.epoch, ..Realised::default() };
             return;
+        }
+        if !self.begun && !self.realised.found.is_empty() {
+            // What the maps hold is that of policies which are known now.
+            self.realised.regime = self.wanted();
         }
         if self.missing().next().is_some() {
             return;
@@ -292,7 +308,8 @@ impl PolicyReconciler {
             };
             let slots = tables.pods.iter().filter_map(|(slot, pod)| Some((*pod, u16::try_from(*slot).ok()?)));
             let found: BTreeMap<_, _> = slots.filter(|(_, slot)| counts(slot)).collect();
-            self.realised = Realised { enforces: !found.is_empty(), found, epoch: tables.epoch, ..Realised::default() };
+            let regime = if found.is_empty() { Regime::Off } else { held(&tables) };
+            self.realised = Realised { regime, found, epoch: tables.epoch, ..Realised::default() };
         }
         self.engine.adopt(tables);
         self.pending = Pending::default();
@@ -305,9 +322,18 @@ impl PolicyReconciler {
         self.realised = Realised {
             slots: slots.collect(),
             found: BTreeMap::new(),
-            enforces: self.engine.world().has_policies(),
+            regime: self.wanted(),
             epoch: self.engine.tables().epoch,
         };
+    }
+
+    fn wanted(&self) -> Regime {
+        let world = self.engine.world();
+        match (world.enforces(), world.has_policies()) {
+            (true, _) => Regime::Enforced,
+            (false, true) => Regime::Audited,
+            (false, false) => Regime::Off,
+        }
     }
 
     fn put_off(&mut self, now: u64) {
@@ -320,9 +346,14 @@ impl PolicyReconciler {
         }
     }
 
-    /// Are pods isolated? Policies exist and the maps hold them: an interface whose pod has no slot is held.
+    /// How far the policies of the maps reach.
+    pub const fn regime(&self) -> Regime {
+        self.realised.regime
+    }
+
+    /// Are pods isolated? Policies are enforced and the maps hold them: an interface whose pod has no slot is held.
     pub const fn enforces(&self) -> bool {
-        self.realised.enforces
+        matches!(self.realised.regime, Regime::Enforced)
     }
 
     /// The slot of a pod of this node, once the maps hold its policy.
@@ -352,6 +383,15 @@ impl PolicyReconciler {
     pub const fn engine(&self) -> &Engine {
         &self.engine
     }
+}
+
+/// What maps show of it that were found at the start: audits alone, where no block isolates and one has a shadow.
+fn held(tables: &PolicyTables) -> Regime {
+    let words = tables.slots.iter().filter(|(index, _)| *index & 1 == tables.epoch & 1);
+    let blocks: BTreeSet<u32> = words.map(|(_, word)| word.block).collect();
+    let blocks = || blocks.iter().filter_map(|id| tables.blocks.get(id));
+    let enforces = |block: &BlockEntry| BlockEntry { shadow: 0, ..*block } != BlockEntry::OPEN;
+    if blocks().any(|block| block.shadow != 0) && !blocks().any(enforces) { Regime::Audited } else { Regime::Enforced }
 }
 
 impl Pending {

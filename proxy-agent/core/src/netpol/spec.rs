@@ -29,11 +29,19 @@ pub struct ExpressionSpec {
     pub values: Vec<Arc<str>>,
 }
 
+/// The annotation of a NetworkPolicy that says whether it is only audited: `true` or `false`.
+pub const AUDIT: &str = "proxy-agent.io/audit";
+
+/// The annotation of a Pod that says whether `--socket-lb=all` is for it: `enabled`, as without it, or `disabled`.
+pub const SOCKET_LB: &str = "proxy-agent.io/socket-lb";
+
 /// `NetworkPolicy`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicySpec {
     /// Name.
     pub name: ObjectName,
+    /// Its annotation [`AUDIT`].
+    pub audit: Option<Arc<str>>,
     /// `spec.podSelector`.
     pub pod_selector: Option<SelectorSpec>,
     /// `spec.policyTypes`.
@@ -106,6 +114,7 @@ pub struct Namespace {
 
 /// `Pod`.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Pod {
     /// Name.
     pub name: ObjectName,
@@ -127,6 +136,8 @@ pub struct Pod {
     pub ips: Vec<IpAddr>,
     /// Ports of all containers.
     pub ports: Vec<ContainerPort>,
+    /// Its sockets may be translated: false with the annotation [`SOCKET_LB`] `disabled`.
+    pub socket_lb: bool,
 }
 
 /// A named port of a container.

@@ -1,6 +1,6 @@
 //! The content of the policy maps, and what may be done to it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -30,6 +30,17 @@ pub struct PolicyTables {
     pub cells: BTreeMap<u32, CellEntry>,
     /// Set and cell → rules.
     pub bits: BTreeMap<BitsKey, Bits>,
+    /// Rules that are counted, each a [`proxy_abi::policy::RuleRef`]. How often they decided is not for the compiler.
+    pub hits: BTreeSet<u32>,
+}
+
+/// Where the count of a rule begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// At nothing.
+    Zero,
+    /// At what another rule, which says the same and is about to go, has counted so far.
+    Of(u32),
 }
 
 /// One map operation; `None` deletes, or zeroes an entry of an array. Each may run twice with the same result.
@@ -55,6 +66,18 @@ pub enum Op {
     Cell(u32, Option<CellEntry>),
     /// Rules of a set that match a cell.
     Bits(BitsKey, Option<Bits>),
+    /// A rule, by its [`proxy_abi::policy::RuleRef`], is counted from now on.
+    Hits(u32, Option<Start>),
+}
+
+impl Op {
+    /// Does it take an entry out of a map that may be too small?
+    pub(crate) const fn makes_room(&self) -> bool {
+        matches!(
+            self,
+            Self::Set(_, None) | Self::Ip(_, None) | Self::Prefix(_, None) | Self::Cell(_, None) | Self::Bits(_, None)
+        )
+    }
 }
 
 fn put<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: Option<V>) {
@@ -78,6 +101,8 @@ impl PolicyTables {
             Op::Page(key, value) => put(&mut self.pages, *key, value.as_deref().copied()),
             Op::Cell(key, value) => put(&mut self.cells, *key, *value),
             Op::Bits(key, value) => put(&mut self.bits, *key, *value),
+            Op::Hits(rule, Some(_)) => drop(self.hits.insert(*rule)),
+            Op::Hits(rule, None) => drop(self.hits.remove(rule)),
         }
     }
 
@@ -101,9 +126,9 @@ impl PolicyTables {
         own.or_else(|| self.enclosing(ip.into())).map_or(0, |word| word.side(side))
     }
 
-    /// Entries of the maps that are no arrays: addresses, ranges, cells, bits, pods.
+    /// Entries of the maps that are no arrays: addresses, ranges, cells, bits, pods, rules.
     pub fn entries(&self) -> usize {
-        self.ips.len() + self.prefixes.len() + self.cells.len() + self.bits.len() + self.pods.len()
+        self.ips.len() + self.prefixes.len() + self.cells.len() + self.bits.len() + self.pods.len() + self.hits.len()
     }
 }
 

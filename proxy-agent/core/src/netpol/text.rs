@@ -146,6 +146,7 @@ mod tests {
             let rule = RuleSpec { peers, ports };
             let spec = PolicySpec {
                 name: ObjectName::new("shop", "p"),
+                audit: None,
                 pod_selector: None,
                 policy_types: None,
                 ingress: Some(vec![rule]),

@@ -331,6 +331,11 @@ impl World {
         self.spaces.values().any(|space| !space.policies.is_empty())
     }
 
+    /// Is there a policy that is not only audited?
+    pub fn enforces(&self) -> bool {
+        self.spaces.values().flat_map(|space| space.policies.values()).any(|policy| !policy.audited)
+    }
+
     /// The pod that an address belongs to.
     pub fn owner(&self, ip: IpAddr) -> Option<&Member> {
         let claims = self.claims.get(&ip)?.iter().filter_map(|name| self.members.get(name));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use proxy_abi::DeviceEntry;
+use proxy_abi::{CgroupPodEntry, DeviceEntry, IpBytes};
 use proxy_core::event::{Enforcement, Event, Listing, PodLink, Source};
 use proxy_core::local::LocalPods;
 use proxy_core::name::ObjectName;
@@ -12,7 +12,7 @@ use proxy_core::netpol::reconcile::PolicyListing;
 use proxy_core::netpol::spec::{Change, Labels, Pod};
 
 use crate::cluster::{self, ip, link};
-use crate::node::TestNode;
+use crate::node::{TestNode, small};
 
 const HELD: u16 = DeviceEntry::HELD;
 
@@ -25,6 +25,7 @@ fn pod(name: &str, node: &str, ips: &[&str]) -> Pod {
         host_network: false,
         finished: false,
         deleting: false,
+        socket_lb: true,
         created: 0,
         ips: ips.iter().map(|text| ip(text)).collect(),
         ports: vec![],
@@ -134,4 +135,33 @@ fn interfaces_name_the_slots_of_their_pods() {
     assert_eq!(node.settle(), 0);
     node.change([Event::Enforcement(Enforcement::Off)]);
     assert_eq!(slots(&node), [(5, 0), (6, 0), (7, 0), (8, 0)].into());
+}
+
+#[test]
+fn pods_whose_sockets_are_translated_are_those_that_were_named_last() {
+    let entry =
+        |ifindex, ip4: &str| CgroupPodEntry { ip4: ip(ip4).into(), ip6: IpBytes::UNSPECIFIED, ifindex, reserved: 0 };
+    let (five, six) = (entry(5, "10.244.0.5"), entry(6, "10.244.0.6"));
+    let pods = |pods: &[(u64, CgroupPodEntry)]| Event::CgroupPods(pods.iter().copied().collect());
+    let rows = |node: &TestNode| node.tables().cgroup_pods.clone().into_iter().collect::<Vec<_>>();
+    let mut node = TestNode::started([]);
+    assert_eq!(node.change([pods(&[(70, five), (71, six)])]), 2);
+    assert_eq!(rows(&node), [(70, five), (71, six)]);
+    assert!(node.text().contains("cgroup_pod 70 device 5 10.244.0.5\n"), "{}", node.text());
+    assert_eq!(node.change([pods(&[(70, five), (71, six)])]), 0);
+    assert_eq!(node.change([pods(&[(70, six)])]), 2);
+    assert_eq!(rows(&node), [(70, six)]);
+    // An agent that starts anew leaves them until it knows.
+    node.restart_with([Event::Node(cluster::node())]);
+    node.list_all();
+    assert_eq!((node.settle(), rows(&node)), (0, vec![(70, six)]));
+    assert_eq!(node.change([pods(&[(72, five)])]), 2);
+    node.change([pods(&[])]);
+    assert_eq!(rows(&node), []);
+    // Those that find no room are left out.
+    let mut node = TestNode::new(small(4, 4, 40));
+    node.start([pods(&[(70, five), (71, six), (72, five)])]);
+    assert_eq!(rows(&node), [(70, five), (71, six)]);
+    node.change([pods(&[(71, six), (72, five)])]);
+    assert_eq!(rows(&node), [(71, six), (72, five)]);
 }

@@ -6,6 +6,7 @@ mod compile;
 mod conflict;
 mod facts;
 mod local;
+mod netpol_hits;
 mod netpol_lint;
 mod netpol_maps;
 mod netpol_random;

@@ -55,6 +55,7 @@ fn of_y(name: &str, subject: (&str, &str), peers: Vec<PeerSpec>) -> PolicySpec {
     let pod_selector = Some(if subject.0.is_empty() { all() } else { with(subject.0, subject.1) });
     PolicySpec {
         name: object_name(name),
+        audit: None,
         pod_selector,
         ingress: Some(vec![rule(peers, vec![port(None, 80)])]),
         ..policy("y/any")

@@ -146,11 +146,28 @@ impl Node {
             Named::Rule(policy, rule) if strict => wanted.rules.first().is_some_and(|(p, r)| p == policy && r == rule),
             Named::Rule(policy, rule) => wanted.rules.iter().any(|(p, r)| p == policy && r == rule),
         };
-        if allowed == wanted.allowed && fits {
-            Ok(wanted)
-        } else {
-            Err(format!("{} {side:?}:\n  compiled {allowed} {named:?}\n  oracle   {wanted:?}", pod.name))
+        if allowed != wanted.allowed || !fits {
+            return Err(format!("{} {side:?}:\n  compiled {allowed} {named:?}\n  oracle   {wanted:?}", pod.name));
         }
+        // The shadow is asked of what is allowed.
+        if allowed && self.engine.subjects().get(&pod.name).is_some_and(|subject| subject.unaudited.is_none()) {
+            let question = question(self.slot(pod).ok_or("no slot")?, side);
+            let shadow = judge(&Maps(&self.maps), &Question { flags: question.flags | Question::SHADOW, ..question });
+            let wanted = oracle.shadow(pod, side);
+            let reason = || self.engine.reason(shadow.rule, side.peer);
+            let fits = match (shadow.cause, &wanted) {
+                (Cause::Open | Cause::LocalNode, None) => shadow.allowed,
+                (Cause::Isolated, Some(wanted)) => {
+                    !wanted.allowed && reason() == Some(Reason::Isolated(wanted.isolating.clone()))
+                }
+                (Cause::Rule, Some(wanted)) => wanted.allowed,
+                _ => false,
+            };
+            if !fits {
+                return Err(format!("{} {side:?}:\n  shadow {shadow:?}\n  oracle {wanted:?}", pod.name));
+            }
+        }
+        Ok(wanted)
     }
 
     /// All rules that allow a side, by the explanation.
@@ -179,6 +196,7 @@ pub(crate) fn within(maps: &PolicyTables, limits: &Limits) -> bool {
         && maps.prefixes.len() <= limits.prefixes as usize
         && maps.cells.len() <= limits.cells as usize
         && maps.bits.len() <= limits.bits as usize
+        && maps.hits.len() <= limits.hits as usize
         && maps.sets.keys().all(|id| *id < limits.sets)
         && maps.blocks.keys().all(|id| *id < limits.blocks)
         && maps.slots.keys().all(|index| *index < 2 * limits.slots)

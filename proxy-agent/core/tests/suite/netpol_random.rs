@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use proxy_abi::policy::{RuleRef, SlotWord};
+use proxy_abi::policy::{BlockEntry, RuleRef, SlotWord};
 use proxy_core::netpol::engine::{Engine, Limits, Transition};
 use proxy_core::netpol::spec::{Change, Pod};
 use proxy_core::netpol::tables::PolicyTables;
 use proxy_ebpf::policy::{Cause, Judgement, Question, judge};
-use proxy_oracle::dice::{Dice, NODE};
+use proxy_oracle::dice::{Dice, NODE, number};
 use proxy_oracle::row::Row;
 use proxy_oracle::verdict::Side;
 
@@ -21,10 +21,6 @@ use crate::netpol_maps::{Maps, Node, is_switch, question, within};
 
 /// Changes of one cluster.
 const EDITS: u64 = 20;
-
-fn number(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.replace('_', "").parse().ok()).unwrap_or(otherwise)
-}
 
 /// What a random cluster and its changes have reached.
 #[derive(Clone, Copy, Debug, Default)]
@@ -162,7 +158,8 @@ fn steps_are_old_or_new(seed: u64) -> Result<Reached, String> {
         history.extend(changes.clone());
         let asked = |node: &Node, dice: &mut Dice| -> Vec<Question> {
             let sides = sides(node, dice, 8, 3);
-            sides.iter().filter_map(|(pod, side)| Some(question(node.slot(pod)?, side))).collect()
+            let own = sides.iter().filter_map(|(pod, side)| Some(question(node.slot(pod)?, side)));
+            own.flat_map(|own| [own, Question { flags: own.flags | Question::SHADOW, ..own }]).collect()
         };
         let mut questions = asked(&node, &mut dice);
         let transition = node.plan(changes);
@@ -218,8 +215,10 @@ fn recover(
     limits: Limits,
     dice: &mut Dice,
 ) -> Result<(), String> {
-    let sizes =
-        |t: &PolicyTables| [t.ips.len(), t.prefixes.len(), t.cells.len(), t.bits.len(), t.sets.len(), t.blocks.len()];
+    let sizes = |t: &PolicyTables| {
+        let PolicyTables { ips, prefixes, cells, bits, sets, blocks, hits, .. } = t;
+        [ips.len(), prefixes.len(), cells.len(), bits.len(), sets.len(), blocks.len(), hits.len()]
+    };
     let mut told = node.engine.clone();
     told.adopt(left.clone());
     let started = |maps: &PolicyTables| {
@@ -310,7 +309,9 @@ fn revisions_are_exact(seed: u64) -> Result<Reached, String> {
 fn told_apart(old: &PolicyTables, new: &PolicyTables, block: u32) -> bool {
     let Some(block) = new.blocks.get(&block) else { return false };
     let ips: BTreeSet<_> = old.ips.keys().chain(new.ips.keys()).collect();
-    let mut sets: Vec<u32> = block.ingress.into_iter().chain(block.egress).filter(|set| *set != 0).collect();
+    let shadow = new.blocks.get(&block.shadow).map_or(BlockEntry::OPEN, |shadow| *shadow);
+    let firsts = [block.ingress, block.egress, shadow.ingress, shadow.egress].into_iter().flatten();
+    let mut sets: Vec<u32> = firsts.filter(|set| *set != 0).collect();
     for index in 0.. {
         let Some(next) = sets.get(index).map(|set| new.sets.get(set).map_or(0, |entry| entry.next)) else { break };
         if next != 0 {
@@ -337,14 +338,15 @@ fn revisions_move_with_verdicts_and_not_otherwise() {
 fn too_little_room(seed: u64) -> Result<Reached, String> {
     let mut dice = Dice::new(seed);
     let mut tight = Limits::default();
-    match seed % 7 {
+    match seed % 8 {
         0 => tight.slots = 3,
         1 => tight.blocks = 4,
         2 => tight.sets = 4,
         3 => tight.ips = 5,
         4 => tight.prefixes = 3,
         5 => tight.cells = 8,
-        _ => tight.bits = 12,
+        6 => tight.bits = 12,
+        _ => tight.hits = 3,
     }
     let mut node = Node::new(tight);
     let mut reached = Reached::default();

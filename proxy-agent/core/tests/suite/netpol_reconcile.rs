@@ -8,7 +8,9 @@ use proxy_abi::policy::BlockEntry;
 use proxy_core::name::ObjectName;
 use proxy_core::netpol::engine::Limits;
 use proxy_core::netpol::fake::{FakePolicyError, FakePolicyMaps, When};
-use proxy_core::netpol::reconcile::{PolicyListing, PolicyReconciler, PolicyReport, PolicySettings, PolicySource};
+use proxy_core::netpol::reconcile::{
+    PolicyListing, PolicyReconciler, PolicyReport, PolicySettings, PolicySource, Regime,
+};
 use proxy_core::netpol::spec::{
     BlockSpec, Change, Labels, Namespace, PeerSpec, Pod, PolicySpec, PortNumber, PortSpec, RuleSpec, SelectorSpec,
 };
@@ -17,8 +19,8 @@ use proxy_oracle::dice::{Dice, NODE};
 use proxy_oracle::verdict::Cluster;
 
 /// The loop with its maps, and the clock.
-struct Stage {
-    reconciler: PolicyReconciler,
+pub(crate) struct Stage {
+    pub(crate) reconciler: PolicyReconciler,
     maps: FakePolicyMaps,
     now: u64,
 }
@@ -32,7 +34,7 @@ impl Stage {
     }
 
     /// Everything listed.
-    fn started(changes: impl IntoIterator<Item = Change>) -> Self {
+    pub(crate) fn started(changes: impl IntoIterator<Item = Change>) -> Self {
         let mut stage = Self::new(Limits::default());
         stage.handle(changes);
         stage.list_all();
@@ -40,14 +42,14 @@ impl Stage {
         stage
     }
 
-    fn handle(&mut self, changes: impl IntoIterator<Item = Change>) {
+    pub(crate) fn handle(&mut self, changes: impl IntoIterator<Item = Change>) {
         for change in changes {
             self.reconciler.handle(change);
         }
     }
 
     /// Lists what is known.
-    fn list_all(&mut self) {
+    pub(crate) fn list_all(&mut self) {
         let world = self.reconciler.engine().world();
         let policies = world.policy_names().collect();
         let pods = world.members().map(|(name, _)| name.clone()).collect();
@@ -57,12 +59,12 @@ impl Stage {
         self.reconciler.listed(PolicyListing::Namespaces(namespaces));
     }
 
-    fn sync(&mut self) -> Report {
+    pub(crate) fn sync(&mut self) -> Report {
         self.reconciler.sync(&mut self.maps, self.now)
     }
 
     /// Until nothing is left, waiting out every pause. The maps refuse what a packet must not meet.
-    fn settle(&mut self) -> usize {
+    pub(crate) fn settle(&mut self) -> usize {
         let mut applied = 0;
         for _ in 0..200 {
             let report = self.sync();
@@ -76,18 +78,18 @@ impl Stage {
         panic!("it does not settle");
     }
 
-    fn slot(&self, pod: &str) -> Option<u16> {
+    pub(crate) fn slot(&self, pod: &str) -> Option<u16> {
         self.reconciler.slot(&format!("uid-{pod}"))
     }
 
     /// A new agent over the same maps.
-    fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         let settings = PolicySettings::new(NODE);
         self.reconciler = PolicyReconciler::new(settings);
     }
 }
 
-fn name(name: &str) -> ObjectName {
+pub(crate) fn name(name: &str) -> ObjectName {
     ObjectName::new("default", name)
 }
 
@@ -104,6 +106,7 @@ fn pod(pod: &str, ip: &str) -> Change {
         host_network: false,
         finished: false,
         deleting: false,
+        socket_lb: true,
         created: 0,
         ips: vec![ip.parse::<IpAddr>().expect("a literal")],
         ports: Vec::new(),
@@ -111,7 +114,7 @@ fn pod(pod: &str, ip: &str) -> Change {
 }
 
 /// Isolates a pod but for these ranges and ports.
-fn isolate(pod: &str, from: &[(&str, u16)]) -> Change {
+pub(crate) fn isolate(pod: &str, from: &[(&str, u16)]) -> Change {
     let port = |number: u16| PortSpec { protocol: None, port: Some(PortNumber::Number(number.into())), end_port: None };
     let rule = |(cidr, number): &(&str, u16)| RuleSpec {
         peers: Some(vec![PeerSpec {
@@ -122,6 +125,7 @@ fn isolate(pod: &str, from: &[(&str, u16)]) -> Change {
     };
     Change::Policy(PolicySpec {
         name: name(&format!("for-{pod}")),
+        audit: None,
         pod_selector: Some(SelectorSpec { labels: [("app".into(), pod.into())].into(), ..SelectorSpec::default() }),
         policy_types: None,
         ingress: Some(from.iter().map(rule).collect()),
@@ -129,7 +133,7 @@ fn isolate(pod: &str, from: &[(&str, u16)]) -> Change {
     })
 }
 
-fn two_pods() -> Vec<Change> {
+pub(crate) fn two_pods() -> Vec<Change> {
     vec![namespace(), pod("a", "10.0.0.1"), pod("b", "10.0.0.2")]
 }
 
@@ -334,8 +338,14 @@ fn faults_of_all_kinds_are_survived() {
         if !cluster.policies.is_empty() {
             assert_eq!(stage.maps.tables(), stage.reconciler.engine().tables(), "seed {seed}");
         }
-        assert_eq!(stage.reconciler.enforces(), !cluster.policies.is_empty(), "seed {seed}");
-        for pod in cluster.subjects().filter(|_| stage.reconciler.enforces()) {
+        let enforced = |(policy, _): &(PolicySpec, bool)| policy.audit.as_deref() != Some("true");
+        let regime = match (cluster.policies.values().any(enforced), cluster.policies.is_empty()) {
+            (true, _) => Regime::Enforced,
+            (false, false) => Regime::Audited,
+            (false, true) => Regime::Off,
+        };
+        assert_eq!(stage.reconciler.regime(), regime, "seed {seed}");
+        for pod in cluster.subjects().filter(|_| regime != Regime::Off) {
             assert!(stage.reconciler.slot(&pod.uid).is_some(), "seed {seed}: {}", pod.name);
         }
     }

@@ -38,6 +38,7 @@ pub(crate) fn pod(name: &str, number: u8, pairs: &[(&str, &str)], ports: Vec<Con
         host_network: false,
         finished: false,
         deleting: false,
+        socket_lb: true,
         created: 1,
         ips: vec![pod_ip(number, false), pod_ip(number, true)],
         ports,
@@ -128,6 +129,7 @@ pub(crate) fn rule(peers: Vec<PeerSpec>, ports: Vec<PortSpec>) -> RuleSpec {
 pub(crate) fn policy(name: &str) -> PolicySpec {
     PolicySpec {
         name: object_name(name),
+        audit: None,
         pod_selector: Some(with("app", "db")),
         policy_types: None,
         ingress: None,

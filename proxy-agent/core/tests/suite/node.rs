@@ -150,6 +150,7 @@ pub(crate) fn everything(state: &ClusterState) -> Vec<Event> {
     events.extend(state.links().cloned().map(Event::Link));
     events.extend(state.devices().cloned().map(Event::Device));
     events.extend(state.service_cidrs().map(|(name, ranges)| Event::ServiceCidr(Arc::clone(name), ranges.to_vec())));
+    events.extend(state.cgroup_pods().cloned().map(Event::CgroupPods));
     for service in state.services() {
         events.push(Event::Service(service.clone()));
         events.extend(state.slices_of(&service.name).cloned().map(Event::Slice));
@@ -174,7 +175,8 @@ pub(crate) fn listings(state: &ClusterState) -> [Event; 5] {
 
 /// Settings with few entries everywhere.
 pub(crate) fn small(backends: u32, slots: u32, frontends: u32) -> Settings {
-    let capacity = Capacity { services: 8, backends, slots, frontends, devices: 2, local_pods: 3, prefixes: 4 };
+    let (devices, local_pods, prefixes, cgroup_pods) = (2, 3, 4, 2);
+    let capacity = Capacity { services: 8, backends, slots, frontends, devices, local_pods, prefixes, cgroup_pods };
     Settings { capacity, ..Settings::default() }
 }
 

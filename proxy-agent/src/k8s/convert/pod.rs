@@ -1,11 +1,11 @@
-//! Pods and Namespaces, stripped to what policy asks of them.
+//! Pods and Namespaces, stripped to what policy asks of them, and socket load balancing.
 
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core_v1;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use proxy_core::name::ObjectName;
-use proxy_core::netpol::spec::{Container, ContainerPort, Labels, Namespace, Pod};
+use proxy_core::netpol::spec::{Container, ContainerPort, Labels, Namespace, Pod, SOCKET_LB};
 
 use super::super::address::parse_ip;
 use super::report::Report;
@@ -34,6 +34,21 @@ pub(super) fn pod_outcome(pod: &core_v1::Pod, name: ObjectName, report: &mut Rep
         created: u64::try_from(created).unwrap_or_default(),
         ips: status.map(|status| ips(status, report)).unwrap_or_default(),
         ports: spec.map(|spec| ports(spec, report)).unwrap_or_default(),
+        socket_lb: socket_lb(meta, report),
+    }
+}
+
+/// May its sockets be translated? What cannot be read is as if it were not there.
+fn socket_lb(meta: &ObjectMeta, report: &mut Report) -> bool {
+    match meta.annotations.as_ref().and_then(|all| all.get(SOCKET_LB)).map(String::as_str) {
+        None | Some("enabled") => true,
+        Some("disabled") => false,
+        Some(other) => {
+            let problem = format!("{other:?} is neither \"enabled\" nor \"disabled\", and counts as \"enabled\"");
+            let fix = "write \"disabled\" to leave the pod's sockets alone, or remove the annotation";
+            report.warning(format!("metadata.annotations[{SOCKET_LB}]"), problem, fix);
+            true
+        }
     }
 }
 

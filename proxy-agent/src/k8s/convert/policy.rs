@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proxy_core::name::ObjectName;
 use proxy_core::netpol::spec::{
-    BlockSpec, ExpressionSpec, PeerSpec, PolicySpec, PortNumber, PortSpec, RuleSpec, SelectorSpec,
+    AUDIT, BlockSpec, ExpressionSpec, PeerSpec, PolicySpec, PortNumber, PortSpec, RuleSpec, SelectorSpec,
 };
 
 use super::report::Report;
@@ -18,13 +18,16 @@ pub(super) fn policy_outcome(
     name: ObjectName,
     report: &mut Report,
 ) -> PolicySpec {
+    let annotations = policy.metadata.annotations.as_ref();
+    let audit = annotations.and_then(|all| all.get(AUDIT)).map(|text| text.as_str().into());
     let Some(spec) = &policy.spec else {
         let problem = "is missing, so the policy isolates every pod of its namespace from what would reach it";
         report.warning("spec", problem, "say in it which pods are meant and what may reach them");
-        return PolicySpec { name, pod_selector: None, policy_types: None, ingress: None, egress: None };
+        return PolicySpec { name, audit, pod_selector: None, policy_types: None, ingress: None, egress: None };
     };
     PolicySpec {
         name,
+        audit,
         pod_selector: spec.pod_selector.as_ref().map(selector),
         policy_types: spec.policy_types.as_deref().map(texts),
         ingress: spec.ingress.as_deref().map(|rules| rules.iter().map(ingress).collect()),
@@ -36,7 +39,7 @@ pub(super) fn policy_outcome(
 /// would allow, so it isolates all of its namespace, both ways.
 pub fn unreadable_policy(name: ObjectName) -> PolicySpec {
     let types = ["Ingress", "Egress"].map(Arc::from);
-    PolicySpec { name, pod_selector: None, policy_types: Some(types.into()), ingress: None, egress: None }
+    PolicySpec { name, audit: None, pod_selector: None, policy_types: Some(types.into()), ingress: None, egress: None }
 }
 
 fn ingress(rule: &networking_v1::NetworkPolicyIngressRule) -> RuleSpec {

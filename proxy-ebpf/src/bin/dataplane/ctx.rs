@@ -84,6 +84,17 @@ impl Skb {
         }
     }
 
+    /// Makes the headers readable: `most` bytes, or of a plain TCP segment just what they take where that is readable
+    /// already. A sender's payload lies apart, and the segment shares its head with the one that is kept for sending it
+    /// again: to pull a single byte of payload in has the kernel allocate and copy that head (`__pskb_pull_tail`).
+    #[inline(always)]
+    pub(crate) fn pull_headers<F: Family>(&self, most: u32) {
+        let end = packet::segment_headers::<F, Self>(self);
+        if end.is_none_or(|end| self.data() + (end & OFFSET_MASK) > self.data_end()) {
+            self.pull(most);
+        }
+    }
+
     #[inline(always)]
     fn at<T>(&self, offset: usize) -> Option<*mut T> {
         let start = self.data() + (offset & OFFSET_MASK);

@@ -74,9 +74,20 @@ pub(crate) fn count(hook: Hook, reason: Reason, bytes: u32) {
     count_number(hook, reason as u32, bytes);
 }
 
+/// Counts, beside the outcome, something that was found out about a packet. Hook and reason are numbers.
+#[inline(always)]
+pub(crate) fn count_beside(hook: u32, reason: u32) {
+    add(hook * Reason::ROOM + reason, 0);
+}
+
 #[inline(always)]
 fn count_number(hook: Hook, reason: u32, bytes: u32) {
-    if let Some(counter) = COUNTER.get_ptr_mut(hook as u32 * Reason::ROOM + reason) {
+    add(hook as u32 * Reason::ROOM + reason, bytes);
+}
+
+#[inline(always)]
+fn add(index: u32, bytes: u32) {
+    if let Some(counter) = COUNTER.get_ptr_mut(index) {
         // SAFETY: the pointer is to this CPU's entry; programs of one CPU do not interrupt each other here.
         unsafe {
             (*counter).packets += 1;

@@ -7,11 +7,11 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use proxy_abi::flow::state;
 use proxy_abi::{FlowEntry, FlowKey, Hook, Proto, Reason, Work};
-use proxy_ebpf::conntrack;
+use proxy_ebpf::conntrack::{self, UdpIdle};
 
 use crate::ctx::{copy, copy_flow, forget, write_key};
 use crate::exit::count;
-use crate::maps::{FLOW_BRIEF, FLOW_LIVE, POD_FLOWS, POD_QUOTA, WORK};
+use crate::maps::{DRY_RUN, FLOW_BRIEF, FLOW_LIVE, POD_FLOWS, POD_QUOTA, UDP_ASSURED, UDP_UNREPLIED, own_work};
 
 /// The entry under a key.
 #[inline(always)]
@@ -29,6 +29,25 @@ pub(crate) fn find(key: &FlowKey) -> Option<*mut FlowEntry> {
 pub(crate) fn now() -> u64 {
     // SAFETY: reads a clock.
     unsafe { aya_ebpf::helpers::bpf_ktime_get_coarse_ns() }
+}
+
+/// Has a flow that is not TCP been idle for longer than the settings allow?
+#[inline(always)]
+pub(crate) fn is_idle(state: u8, idle: u64) -> bool {
+    let most = UdpIdle { unreplied: UDP_UNREPLIED.load(), assured: UDP_ASSURED.load() };
+    conntrack::is_idle(state, idle, most)
+}
+
+/// What inserting with BPF_NOEXIST says about a key that is there.
+pub(crate) const EEXIST: i32 = -17;
+
+/// Puts an entry into `flow_brief`; in a dry run tells what that would say.
+#[inline(always)]
+pub(crate) fn put(key: &FlowKey, entry: &FlowEntry, mode: u32) -> Result<(), i32> {
+    if DRY_RUN.load() != 0 {
+        return if mode == BPF_NOEXIST && FLOW_BRIEF.get_ptr(key).is_some() { Err(EEXIST) } else { Ok(()) };
+    }
+    FLOW_BRIEF.insert(key, entry, u64::from(mode))
 }
 
 const ROLES: u16 = FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED;
@@ -61,12 +80,13 @@ pub(crate) fn update(entry: *mut FlowEntry, state: u8, now: u64, proto_family: u
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn flow_update(entry: *mut FlowEntry, now: u64, state: u32, proto_family: u32, hook: u32) -> u32 {
+    if DRY_RUN.load() != 0 {
+        return 0;
+    }
     // SAFETY: points into a map, as the caller found it, and map memory stays readable while the program runs. Single
     // fields of it are written without a lock: any order of two writers leaves a state that one of their packets led to.
     let Some(entry) = (unsafe { entry.as_mut() }) else { return 0 };
-    let Some(work) = WORK.get_ptr_mut(0) else { return 0 };
-    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
-    let work = unsafe { &mut *work };
+    let Some(work) = own_work() else { return 0 };
     let state = state as u8;
     copy_flow(&mut work.entry, entry);
     entry.state = state;
@@ -80,14 +100,14 @@ extern "C" fn flow_update(entry: *mut FlowEntry, now: u64, state: u32, proto_fam
     if moves == IN_LIVE || moves == IN_BRIEF {
         if !both {
             work.entry.flags ^= ROLES;
-            flow_twin(work, proto_family, moves);
+            flow_twin(proto_family, moves);
         }
         return 0;
     }
-    flow_transfer(work, proto_family, moves, hook);
+    flow_transfer(proto_family, moves, hook);
     if !both {
         work.entry.flags ^= ROLES;
-        flow_transfer(work, proto_family, moves, hook);
+        flow_transfer(proto_family, moves, hook);
     }
     0
 }
@@ -99,15 +119,14 @@ const IN_BRIEF: u32 = 0;
 /// Was not, is live.
 const PROMOTE: u32 = 1;
 
-/// Keeps the other entry of a flow up to date, in the table where it is.
+/// Keeps the other entry of the flow in `work` up to date, in the table where it is.
 ///
 /// Under its key there may be another flow by now: the client has begun anew with another backend, or the entry was
 /// evicted and a reply, which nobody translated, began a direct flow there. Such a stray goes; any other stays.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn flow_twin(work: *mut Work, proto_family: u32, moves: u32) -> u32 {
-    // SAFETY: as in `flow_update`.
-    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+extern "C" fn flow_twin(proto_family: u32, moves: u32) -> u32 {
+    let Some(work) = own_work() else { return 0 };
     own_key(work, proto_family as u16);
     let found = if moves == IN_LIVE { FLOW_LIVE.get_ptr_mut(&work.key) } else { FLOW_BRIEF.get_ptr_mut(&work.key) };
     let mut mode = BPF_NOEXIST;
@@ -148,12 +167,11 @@ fn is_stray(entry: &FlowEntry) -> bool {
         && (matches!(entry.state, state::UNREPLIED | state::MIDSTREAM) || conntrack::is_over(entry.state))
 }
 
-/// Moves one entry of a flow to the other table.
+/// Moves one entry of the flow in `work` to the other table.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn flow_transfer(work: *mut Work, proto_family: u32, moves: u32, hook: u32) -> u32 {
-    // SAFETY: as in `flow_update`.
-    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+extern "C" fn flow_transfer(proto_family: u32, moves: u32, hook: u32) -> u32 {
+    let Some(work) = own_work() else { return 0 };
     own_key(work, proto_family as u16);
     if moves == PROMOTE {
         if FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)).is_ok() {
@@ -222,28 +240,42 @@ pub(crate) fn is_over_quota(ifindex: u32) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn flow_discard(entry: *const FlowEntry, proto_family: u32) -> u32 {
+    if DRY_RUN.load() != 0 {
+        return 0;
+    }
     // SAFETY: as in `flow_update`.
     let Some(entry) = (unsafe { entry.as_ref() }) else { return 0 };
-    let Some(work) = WORK.get_ptr_mut(0) else { return 0 };
-    // SAFETY: as in `flow_update`.
-    let work = unsafe { &mut *work };
+    let Some(work) = own_work() else { return 0 };
     copy_flow(&mut work.entry, entry);
-    flow_remove(work, proto_family);
+    flow_remove(proto_family);
     let rests = FlowEntry::KEY_ORIGINAL | FlowEntry::MASQUERADED;
     if work.entry.flags & rests == rests && conntrack::is_over(work.entry.state) {
         return 0;
     }
     work.entry.flags ^= ROLES;
-    flow_remove(work, proto_family)
+    flow_remove(proto_family)
+}
+
+/// Does another flow have the key under which replies to this one are looked up? `entry` is the one under the initiator's
+/// key. Changes nothing but the key in `work`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn flow_is_robbed(entry: *const FlowEntry, proto_family: u32) -> u32 {
+    // SAFETY: as in `flow_update`.
+    let Some(entry) = (unsafe { entry.as_ref() }) else { return 0 };
+    let Some(work) = own_work() else { return 0 };
+    write_key(&mut work.key, &entry.translated, proto_family as u16, FlowKey::SIDE_COMMON);
+    let Some(found) = find(&work.key) else { return 0 };
+    // SAFETY: a pointer into a map that was just found.
+    u32::from(!is_same(Some(found), entry) && !is_stray(unsafe { &*found }))
 }
 
 /// Removes the flow in `work` from where its role says. Under the translated key there may be another flow by now, which
 /// has taken over the port of one that had ended: it stays.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn flow_remove(work: *mut Work, proto_family: u32) -> u32 {
-    // SAFETY: as in `flow_update`.
-    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+extern "C" fn flow_remove(proto_family: u32) -> u32 {
+    let Some(work) = own_work() else { return 0 };
     own_key(work, proto_family as u16);
     if is_same(FLOW_LIVE.get_ptr(&work.key), &work.entry) && FLOW_LIVE.remove(&work.key).is_ok() {
         charge(&work.entry, LESS);

@@ -9,7 +9,7 @@ use proxy_abi::{
 use proxy_ebpf::{balance, conntrack};
 
 use crate::flow;
-use crate::maps::{AFFINITY, BACKEND, BACKEND_SLOT, FRONTEND, PREFIX};
+use crate::maps::{AFFINITY, BACKEND, BACKEND_SLOT, DRY_RUN, FRONTEND, PREFIX};
 
 #[inline(always)]
 pub(crate) fn random() -> u32 {
@@ -114,13 +114,18 @@ extern "C" fn affinity_recall(entry: *const FrontendEntry, client: *const IpByte
     if !eligible {
         return 0;
     }
-    known.last_used = now;
+    if DRY_RUN.load() == 0 {
+        known.last_used = now;
+    }
     id
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn affinity_remember(entry: *const FrontendEntry, client: *const IpBytes, id: u32, generation: u32) -> u32 {
+    if DRY_RUN.load() != 0 {
+        return 0;
+    }
     // SAFETY: as in `affinity_recall`.
     let (Some(entry), Some(client)) = (unsafe { (entry.as_ref(), client.as_ref()) }) else { return 0 };
     let key = AffinityKey { service: entry.service, reserved: 0, client: *client };

@@ -44,7 +44,7 @@ pub(crate) fn error<F: Family>(skb: Skb, hook: Hook, l4: u32, device: *const Dev
     {
         let asked = forget(service::reason(work));
         if asked & ASK != 0 && about != Reason::OtherProtocol as u32 {
-            let why = policy::by_key(skb, work, asked & 0xff_0000 | u32::from(slot), Proto(asked as u8));
+            let why = policy::by_key(skb, work, hook, asked & 0xff_0000 | u32::from(slot), Proto(asked as u8));
             if why != 0 {
                 return (Verdict::Drop, why);
             }

@@ -10,7 +10,7 @@
 //!   outside ◀── uplink  to_netdev ◀── IP stack ◀── ...
 //!   node process ── connect, sendmsg, recvmsg, getpeername            sockets of the node's own namespace
 //! ```
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

@@ -18,7 +18,7 @@ use proxy_ebpf::packet::{self, ETH_LEN, Family, Fragment, Packet as _, V4, V6};
 
 use crate::ctx::{Skb, copy, forget, write_key};
 use crate::exit::Outcome;
-use crate::maps::{DEVICE, FLOW_BRIEF, WORK};
+use crate::maps::{DEVICE, DRY_RUN, FLOW_BRIEF, WORK, own_work};
 use crate::service::Meta;
 use crate::{flow, policy, tc};
 
@@ -41,7 +41,7 @@ extern "C" fn other_frame(skb: *mut __sk_buff, leaves: u32) -> u32 {
     let Some(device) = DEVICE.get_ptr(&skb.ifindex()) else { return Reason::NotIp as u32 };
     // SAFETY: a pointer into a map that was just found.
     let device = unsafe { &*device };
-    if device.slot == 0 {
+    if device.slot == 0 || is_free(device) {
         return Reason::NotIp as u32;
     }
     if skb.has_vlan() || skb.ethertype() != frame::ARP {
@@ -71,7 +71,7 @@ extern "C" fn other_own_v4(skb: *mut __sk_buff, device: *const DeviceEntry) -> u
     let source = skb.word(V4::SRC).map(IpBytes::from_v4_word);
     // SAFETY: a pointer into a map that was found for this packet.
     let (Some(device), Some(source)) = (unsafe { device.as_ref() }, source) else { return 0 };
-    u32::from(frame::is_from(&skb, device) && frame::is_own(device, &source))
+    u32::from(is_free(device) || frame::is_from(&skb, device) && frame::is_own(device, &source))
 }
 
 #[unsafe(no_mangle)]
@@ -80,7 +80,14 @@ extern "C" fn other_own_v6(skb: *mut __sk_buff, device: *const DeviceEntry) -> u
     let skb = Skb(skb);
     // SAFETY: a pointer into a map that was found for this packet.
     let (Some(device), Some(source)) = (unsafe { device.as_ref() }, source_v6(skb)) else { return 0 };
-    u32::from(frame::is_from(&skb, device) && frame::is_own(device, &source))
+    u32::from(is_free(device) || frame::is_from(&skb, device) && frame::is_own(device, &source))
+}
+
+/// Is the slot there only to audit, so that the frame rules do not hold?
+#[inline(always)]
+pub(crate) fn is_free(device: *const DeviceEntry) -> bool {
+    // SAFETY: a pointer into a map that was found for this packet.
+    unsafe { (*device).flags & DeviceEntry::AUDITED != 0 }
 }
 
 #[inline(always)]
@@ -104,12 +111,14 @@ pub(crate) fn packet<F: Family>(skb: Skb, device: *const DeviceEntry, hook: Hook
     if read & how::READ == 0 {
         return if F::HEADER_CHECKSUM.is_none() && read & how::LINK != 0 {
             other_link_message(skb.0, device, read)
+        } else if forget(read) == Reason::FrameUnparsed as u32 && is_free(device) {
+            Reason::Unparsed as u32
         } else {
             read
         };
     }
     let proto = Proto(read as u8);
-    let place = other_place(work, read | u32::from(F::FAMILY) << 8);
+    let place = other_place(read | u32::from(F::FAMILY) << 8);
     let refused = if place == place::NEW {
         let from_node = !leaves && policy::is_from_node(skb);
         let meta = u32::from(proto.0) | u32::from(F::FAMILY) << 8 | Meta::REPLACE;
@@ -117,12 +126,12 @@ pub(crate) fn packet<F: Family>(skb: Skb, device: *const DeviceEntry, hook: Hook
         let reason = tc::open_direct(skb, work, device, hook, Meta(meta));
         if reason >= u32::from(Reason::FIRST_DROP) { reason } else { 0 }
     } else if place == place::NONE {
-        policy::single(skb, work, slot, !leaves, proto)
+        policy::single(skb, work, slot, hook, proto)
     } else {
         let answers = u32::from(place == place::ANSWER);
-        let refused = policy::by_key(skb, work, policy::side(!leaves, answers) | u32::from(slot), proto);
+        let refused = policy::by_key(skb, work, hook, policy::side(!leaves, answers) | u32::from(slot), proto);
         if refused == 0 {
-            other_touch(work, answers);
+            other_touch(answers);
         }
         refused
     };
@@ -227,6 +236,9 @@ extern "C" fn other_link_message(skb: *mut __sk_buff, device: *const DeviceEntry
     // SAFETY: a pointer into a map that was found for this packet.
     let Some(device) = (unsafe { device.as_ref() }) else { return Reason::NoDevice as u32 };
     let message_kind = read as u8;
+    if is_free(device) {
+        return Reason::OtherProtocol as u32;
+    }
     if read & how::LEAVES == 0 {
         let forged = kind::is_neighbour(message_kind) && !frame::has_full_hops(&skb);
         return if forged { Reason::FrameNeighbour } else { Reason::OtherProtocol } as u32;
@@ -244,9 +256,8 @@ extern "C" fn other_link_message(skb: *mut __sk_buff, device: *const DeviceEntry
 /// The key of its flow comes into `work`, or the other end.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn other_place(work: *mut Work, read: u32) -> u32 {
-    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
-    let Some(plan) = (unsafe { work.as_mut() }) else { return place::NONE };
+extern "C" fn other_place(read: u32) -> u32 {
+    let Some(plan) = own_work() else { return place::NONE };
     let leaves = read & how::LEAVES != 0;
     copy(&mut plan.peer, if leaves { &plan.entry.original.dst } else { &plan.entry.original.src });
     if read & how::FOLLOWED == 0 {
@@ -261,7 +272,7 @@ extern "C" fn other_place(work: *mut Work, read: u32) -> u32 {
         let answers = (a.0 ^ b.0) | (a.1 ^ b.1) | u64::from(apart) != 0;
         let fits = read & if answers { how::ASKS } else { how::BEGINS };
         let idle = flow::now().saturating_sub(known.last_seen);
-        if !conntrack::is_idle(known.state, idle) && (fits == 0) == answers {
+        if !flow::is_idle(known.state, idle) && (fits == 0) == answers {
             return if answers { place::ANSWER } else { place::FORWARD };
         }
     }
@@ -271,9 +282,11 @@ extern "C" fn other_place(work: *mut Work, read: u32) -> u32 {
 /// A packet of the flow under the key in `work` has passed.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn other_touch(work: *mut Work, answers: u32) -> u32 {
-    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
-    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+extern "C" fn other_touch(answers: u32) -> u32 {
+    if DRY_RUN.load() != 0 {
+        return 0;
+    }
+    let Some(work) = own_work() else { return 0 };
     if let Some(found) = FLOW_BRIEF.get_ptr_mut(&work.key) {
         // SAFETY: a pointer into a map that was just found; fields are written as in `flow_update`.
         let known = unsafe { &mut *found };
@@ -289,5 +302,5 @@ extern "C" fn other_touch(work: *mut Work, answers: u32) -> u32 {
 pub(crate) fn portless(skb: Skb, work: *mut Work, slot: u16, src: &IpBytes, proto: Proto) -> u32 {
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     copy(unsafe { &mut (*work).peer }, src);
-    policy::single(skb, work, slot, true, proto)
+    policy::single(skb, work, slot, Hook::ToPod, proto)
 }

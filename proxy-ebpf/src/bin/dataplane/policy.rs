@@ -11,6 +11,11 @@
 //!
 //! Each side asks for itself alone, and stamps what it allows; what is refused leaves no entry and no stamp. A slot of 0
 //! asks nothing.
+//!
+//! What is allowed is then asked of the shadow, where there is one (`policy_audit`): by those who called for the verdict,
+//! because one function after the other needs no more stack than one.
+
+use core::arch::asm;
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::maps::lpm_trie::Key;
@@ -21,10 +26,10 @@ use proxy_ebpf::policy::{self, Cause, Found, Lookup, Question};
 
 use crate::ctx::{Skb, copy, forget};
 use crate::maps::{
-    NODE_OPEN, POLICY_BITS, POLICY_BLOCK, POLICY_EPOCH, POLICY_IP, POLICY_PAGE, POLICY_PREFIX, POLICY_SET, POLICY_SLOT,
-    WORK,
+    DRY_RUN, NODE_OPEN, POLICY_BITS, POLICY_BLOCK, POLICY_EPOCH, POLICY_HITS, POLICY_IP, POLICY_PAGE, POLICY_POD_HITS,
+    POLICY_PREFIX, POLICY_SET, POLICY_SLOT, WORK, own_work,
 };
-use crate::{flow, frontend};
+use crate::{exit, flow, frontend, trace};
 
 /// The pinned maps.
 struct Kernel;
@@ -82,6 +87,11 @@ impl Lookup for Kernel {
     }
 
     #[inline(always)]
+    fn shadow(&self, block: u32) -> u32 {
+        policy_shadow(block)
+    }
+
+    #[inline(always)]
     fn peer_cell(&self, _: &IpBytes, side: u32) -> u32 {
         policy_peer(side)
     }
@@ -99,6 +109,13 @@ extern "C" fn policy_peer(side: u32) -> u32 {
     let Some(work) = WORK.get_ptr_mut(0) else { return 0 };
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     policy::peer_cell(&Kernel, unsafe { &(*work).peer }, side)
+}
+
+/// [`BlockEntry::shadow`] of a block.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn policy_shadow(block: u32) -> u32 {
+    Kernel.block(block).map_or(0, |block| block.shadow)
 }
 
 /// [`policy::judge_set`], packed.
@@ -135,6 +152,8 @@ extern "C" fn policy_is_node(work: *const Work) -> u32 {
 extern "C" fn policy_judge(work: *mut Work, slot: u32, about: u32) -> u32 {
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
     let Some(work) = (unsafe { work.as_mut() }) else { return Reason::PolicyUnready as u32 };
+    work.asked_about = about;
+    work.asked_slot = slot;
     let flags = (about >> 8) as u8;
     let egress = flags & EGRESS != 0;
     let question = Question {
@@ -150,20 +169,102 @@ extern "C" fn policy_judge(work: *mut Work, slot: u32, about: u32) -> u32 {
     work.revision = judgement.revision;
     work.rule = judgement.rule.0;
     if judgement.allowed {
+        policy_count(0);
         return 0;
     }
     match judgement.cause {
-        Cause::Rule | Cause::Isolated if !egress => Reason::PolicyIngress as u32,
+        Cause::Rule | Cause::Isolated if !egress => {
+            policy_count(REFUSED);
+            Reason::PolicyIngress as u32
+        }
         Cause::Rule | Cause::Isolated => {
             if NODE_OPEN.load() != 0 && policy_is_node(work) != 0 {
                 0
             } else {
+                policy_count(REFUSED);
                 Reason::PolicyEgress as u32
             }
         }
         _ if slot == u32::from(DeviceEntry::HELD) => Reason::PolicyHeld as u32,
         _ => Reason::PolicyUnready as u32,
     }
+}
+
+/// To [`policy_count`]: the flow is refused.
+const REFUSED: u32 = 1;
+
+/// Counts the judgement that is in `work`, a part of which is a key here: see [`own_work`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn policy_count(refused: u32) -> u32 {
+    if DRY_RUN.load() != 0 {
+        return 0;
+    }
+    let Some(work) = own_work() else { return 0 };
+    if work.rule != 0
+        && let Some(hits) = POLICY_HITS.get_ptr_mut(&work.rule)
+    {
+        // SAFETY: a pointer into a map that was just found; other CPUs add to it in the same way.
+        unsafe { add(&raw mut (*hits).count) };
+    }
+    if refused != 0
+        && let Some(hits) = POLICY_POD_HITS.get_ptr_mut(work.asked_slot)
+    {
+        let flags = (work.asked_about >> 8) as u8;
+        // SAFETY: as above.
+        unsafe {
+            let counted =
+                if flags & Question::SHADOW != 0 { &raw mut (*hits).audited } else { &raw mut (*hits).refused };
+            add(counted.cast::<u64>().add(usize::from(flags & EGRESS != 0)));
+        }
+    }
+    0
+}
+
+/// Adds one, whatever other CPUs add at the same time. By the instruction itself: `core` has no atomic addition for this
+/// target, because older kernels cannot tell what was there before, which nobody asks for here.
+///
+/// # Safety
+/// `to` points into a map, at 8 aligned bytes that nobody touches but by adding.
+#[inline(always)]
+unsafe fn add(to: *mut u64) {
+    // SAFETY: the caller's; nothing but these bytes is written.
+    unsafe { asm!("lock *(u64 *)({to} + 0) += {one}", to = in(reg) to, one = in(reg) 1_u64, options(nostack)) };
+}
+
+/// Asks the shadow about the flow in `work` that was just allowed. Where it would have been refused, that is counted and
+/// told, and nothing else.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn policy_audit(skb: *mut __sk_buff, work: *mut Work, hook: u32) -> u32 {
+    if DRY_RUN.load() != 0 {
+        return 0;
+    }
+    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
+    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+    let word = Kernel.slot(SlotWord::index(work.asked_slot as u16, Kernel.epoch()));
+    if policy_shadow(word.map_or(0, |word| word.block)) == 0 {
+        return 0;
+    }
+    let (rule, revision) = (work.rule, work.revision);
+    let refused = policy_judge(work, work.asked_slot, work.asked_about | u32::from(Question::SHADOW) << 8);
+    // Not what is not ready: that says nothing of the policies.
+    if refused == Reason::PolicyIngress as u32 || refused == Reason::PolicyEgress as u32 {
+        exit::count_beside(hook, Reason::PolicyAudit as u32);
+        trace::beside(Skb(skb), hook, Reason::PolicyAudit as u32, work.rule);
+    }
+    work.rule = rule;
+    work.revision = revision;
+    0
+}
+
+/// [`policy_audit`], where the verdict that was just asked for allows the flow.
+#[inline(always)]
+fn audited(skb: Skb, work: *mut Work, hook: Hook, refused: u32) -> u32 {
+    if refused == 0 {
+        policy_audit(skb.0, work, hook as u32);
+    }
+    refused
 }
 
 /// Flags that a packet at `to_pod` gives a question: where it comes from.
@@ -234,13 +335,15 @@ pub(crate) extern "C" fn policy_new(
 /// [`policy_new`], for the packet of a hook.
 #[inline(always)]
 pub(crate) fn open(skb: Skb, work: *mut Work, device: *const DeviceEntry, hook: Hook, proto: Proto) -> u32 {
-    policy_new(skb.0, work, device, u32::from(matches!(hook, Hook::FromPod)), u32::from(proto.0))
+    let refused = policy_new(skb.0, work, device, u32::from(matches!(hook, Hook::FromPod)), u32::from(proto.0));
+    audited(skb, work, hook, forget(refused))
 }
 
 /// [`policy_again`], for the flow under the key in `work`, where there is one.
 #[inline(always)]
-pub(crate) fn by_key(skb: Skb, work: *mut Work, how: u32, proto: Proto) -> u32 {
-    policy_again(skb.0, core::ptr::null_mut(), work, how, u32::from(proto.0))
+pub(crate) fn by_key(skb: Skb, work: *mut Work, hook: Hook, how: u32, proto: Proto) -> u32 {
+    let refused = policy_again(skb.0, core::ptr::null_mut(), how, u32::from(proto.0));
+    audited(skb, work, hook, forget(refused))
 }
 
 /// Flags of [`again`].
@@ -262,15 +365,8 @@ pub(crate) mod again {
 /// one under the key in `work`. `how`: the slot, and flags of [`again`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn policy_again(
-    skb: *mut __sk_buff,
-    entry: *mut FlowEntry,
-    work: *mut Work,
-    how: u32,
-    proto: u32,
-) -> u32 {
-    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
-    let Some(work) = (unsafe { work.as_mut() }) else { return Reason::PolicyUnready as u32 };
+pub(crate) extern "C" fn policy_again(skb: *mut __sk_buff, entry: *mut FlowEntry, how: u32, proto: u32) -> u32 {
+    let Some(work) = own_work() else { return Reason::PolicyUnready as u32 };
     let entry = if entry.is_null() { flow::find(&work.key).unwrap_or(entry) } else { entry };
     // SAFETY: a pointer into a map that was just found. Single fields of it are written without a lock: whoever is later
     // has seen the later policy, or is judged again.
@@ -296,6 +392,9 @@ pub(crate) extern "C" fn policy_again(
         let live = stamp.revision != 0 && refused != Reason::PolicyHeld as u32;
         return if live { Reason::PolicyCut as u32 } else { refused };
     }
+    if DRY_RUN.load() != 0 {
+        return 0;
+    }
     stamp.revision = work.revision;
     stamp.rule = work.rule;
     if initiates {
@@ -309,18 +408,19 @@ pub(crate) extern "C" fn policy_again(
     0
 }
 
-/// May a packet of a flow in the table pass this pod's side? Mostly one comparison; else [`policy_again`]. `arrives`: at
-/// `to_pod`. 0, or the reason to drop it; the rule is in `work`.
+/// May a packet of a flow in the table pass this pod's side? Mostly one comparison; else [`policy_again`]. 0, or the
+/// reason to drop it; the rule is in `work`.
 #[inline(always)]
 pub(crate) fn check(
     skb: Skb,
     found: *mut FlowEntry,
     work: *mut Work,
     slot: u16,
-    arrives: bool,
+    hook: Hook,
     answers: u32,
     proto: Proto,
 ) -> u32 {
+    let arrives = !matches!(hook, Hook::FromPod);
     // SAFETY: a pointer into a map that was just found; and this CPU's entry of the map `work`.
     let (entry, plan) = unsafe { (&*found, &mut *work) };
     let initiates = forget(u32::from((answers != 0) == arrives));
@@ -338,12 +438,14 @@ pub(crate) fn check(
     let how = u32::from(slot)
         | if initiates != 0 { again::INITIATES } else { 0 }
         | if arrives && answers == 0 { again::ARRIVES } else { 0 };
-    policy_again(skb.0, found, work, how, u32::from(proto.0))
+    let refused = policy_again(skb.0, found, how, u32::from(proto.0));
+    audited(skb, work, hook, forget(refused))
 }
 
-/// Judges a packet that belongs to no flow and makes none. The other end is in `work`. `arrives`: at `to_pod`.
+/// Judges a packet that belongs to no flow and makes none. The other end is in `work`.
 #[inline(always)]
-pub(crate) fn single(skb: Skb, work: *mut Work, slot: u16, arrives: bool, proto: Proto) -> u32 {
-    let flags = Question::NO_PORT | if arrives { arriving(skb) } else { EGRESS };
-    policy_judge(work, u32::from(slot), about(proto, flags, PortBe(0)))
+pub(crate) fn single(skb: Skb, work: *mut Work, slot: u16, hook: Hook, proto: Proto) -> u32 {
+    let flags = Question::NO_PORT | if matches!(hook, Hook::FromPod) { EGRESS } else { arriving(skb) };
+    let refused = policy_judge(work, u32::from(slot), about(proto, flags, PortBe(0)));
+    audited(skb, work, hook, forget(refused))
 }

@@ -7,13 +7,10 @@ use proxy_ebpf::packet::Parsed;
 use proxy_ebpf::{balance, conntrack, timewait};
 
 use crate::ctx::{Skb, copy, copy_flow, copy_mac, forget, write_key};
-use crate::flow;
+use crate::flow::{self, EEXIST};
 use crate::frontend::{self, choose, random, serves};
-use crate::maps::{DEVICE, FLOW_BRIEF, FLOW_LIVE, LOCAL_POD};
+use crate::maps::{DEVICE, FLOW_BRIEF, FLOW_LIVE, LOCAL_POD, own_work};
 use crate::route::{self, found};
-
-/// What inserting with BPF_NOEXIST says about a key that is there.
-const EEXIST: i32 = -17;
 
 /// How long the source port of a masqueraded flow rests whose end was not seen, or whose backend holds it in TIME_WAIT.
 const RESTING: u64 = 60 * conntrack::SECOND;
@@ -130,7 +127,7 @@ fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto, asked: TcpMoment) -
         // it was removed from there, and this is what was left behind.
         return old.flags & FlowEntry::NOT_PROMOTED == 0 && idle > HANDSHAKE;
     }
-    if conntrack::is_over(old.state) || conntrack::is_idle(old.state, idle) {
+    if conntrack::is_over(old.state) || flow::is_idle(old.state, idle) {
         return true;
     }
     if proto == Proto::TCP {
@@ -142,19 +139,18 @@ fn gives_way(old: &FlowEntry, new: &FlowEntry, proto: Proto, asked: TcpMoment) -
 /// Takes the key of the translated tuple for the flow in `work`, or tells that another flow has it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn service_reserve(work: *mut Work, proto_family: u32) -> u32 {
+extern "C" fn service_reserve(proto_family: u32) -> u32 {
     let proto = Proto(proto_family as u8);
-    // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
-    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+    let Some(work) = own_work() else { return 0 };
     write_key(&mut work.key, &work.entry.translated, proto_family as u16, FlowKey::SIDE_COMMON);
     let mut reason = Reason::ClashUnresolved;
     if proto != Proto::TCP || FLOW_LIVE.get_ptr(&work.key).is_none() {
-        if FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)).is_ok() {
+        if flow::put(&work.key, &work.entry, BPF_NOEXIST).is_ok() {
             reason = Reason::ServiceNew;
         } else if let Some(old) = FLOW_BRIEF.get_ptr(&work.key) {
             // SAFETY: a pointer into a map that was just found.
             if gives_way(unsafe { &*old }, &work.entry, proto, work.asked) {
-                let taken = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY)).is_ok();
+                let taken = flow::put(&work.key, &work.entry, BPF_ANY).is_ok();
                 reason = if taken { Reason::ServiceNew } else { Reason::FlowTableFull };
             }
         } else {
@@ -168,7 +164,7 @@ extern "C" fn service_reserve(work: *mut Work, proto_family: u32) -> u32 {
 /// What the functions here left in `work`. Read from memory, so that the verifier walks what follows once.
 #[inline(always)]
 pub(crate) fn reason(work: *const Work) -> u32 {
-    // SAFETY: as in `service_reserve`.
+    // SAFETY: this CPU's entry of the map `work`.
     unsafe { core::ptr::read_volatile(&raw const (*work).reason) }
 }
 
@@ -226,7 +222,7 @@ pub(crate) extern "C" fn service_open(
                 if attempt > 0 {
                     continue;
                 }
-            } else if service_backend(work, frontend) == 0 || service_path(skb, work, device, meta.0) == 0 {
+            } else if service_backend(work, frontend) == 0 || service_path(skb, device, meta.0) == 0 {
                 continue;
             }
             if meta.is(Meta::PROPOSE) {
@@ -245,14 +241,14 @@ pub(crate) extern "C" fn service_open(
             };
         }
         work.entry.flags = work.entry.flags & !FlowEntry::KEY_ORIGINAL | FlowEntry::KEY_TRANSLATED;
-        service_reserve(work, u32::from(meta.proto_family()));
+        service_reserve(u32::from(meta.proto_family()));
         if reason(work) == Reason::ServiceNew as u32 {
             break;
         }
     }
     if reason(work) == Reason::ServiceNew as u32 {
         let mode = if meta.is(Meta::REPLACE) { BPF_ANY } else { BPF_NOEXIST };
-        service_finish(work, u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_COMMON), mode);
+        service_finish(u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_COMMON), mode);
     }
     0
 }
@@ -260,9 +256,8 @@ pub(crate) extern "C" fn service_open(
 /// Puts the flow in `work` under the key of its original tuple, too.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn service_finish(work: *mut Work, proto_family: u32, side: u32, mode: u32) -> u32 {
-    // SAFETY: as in `service_reserve`.
-    let Some(work) = (unsafe { work.as_mut() }) else { return 0 };
+extern "C" fn service_finish(proto_family: u32, side: u32, mode: u32) -> u32 {
+    let Some(work) = own_work() else { return 0 };
     let mut mode = mode;
     work.entry.flags = work.entry.flags & !FlowEntry::KEY_TRANSLATED | FlowEntry::KEY_ORIGINAL;
     if work.entry.original.is(&work.entry.translated) {
@@ -271,7 +266,7 @@ extern "C" fn service_finish(work: *mut Work, proto_family: u32, side: u32, mode
         mode = BPF_ANY;
     }
     write_key(&mut work.key, &work.entry.original, proto_family as u16, side as u8);
-    match FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode)) {
+    match flow::put(&work.key, &work.entry, mode) {
         Ok(()) => {}
         // Another CPU opened the flow with its first or second packet, this very moment: this one goes the same way.
         Err(EEXIST) if let Some(first) = FLOW_BRIEF.get_ptr(&work.key) => {
@@ -296,11 +291,11 @@ extern "C" fn service_finish(work: *mut Work, proto_family: u32, side: u32, mode
 /// ```
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn service_path(skb: *mut __sk_buff, work: *mut Work, device: *const DeviceEntry, meta: u32) -> u32 {
+extern "C" fn service_path(skb: *mut __sk_buff, device: *const DeviceEntry, meta: u32) -> u32 {
     const PATH: u16 =
         FlowEntry::REDIRECT | FlowEntry::SWITCH | FlowEntry::HAIRPIN | FlowEntry::ROUTED | FlowEntry::MASQUERADED;
-    // SAFETY: as in `service_open`.
-    let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
+    // SAFETY: a pointer into a map that was found for this packet.
+    let (Some(work), Some(device)) = (own_work(), unsafe { device.as_ref() }) else { return 0 };
     let meta = Meta(meta);
     work.entry.flags &= !PATH;
     work.entry.responder_ifindex = 0;
@@ -387,14 +382,9 @@ pub(crate) fn incoming(skb: *mut __sk_buff, device: &DeviceEntry) -> u32 {
 /// Makes the flow of a first packet that no Service is part of, whose tuple is in `work`. The reason is in `work`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn service_open_direct(
-    skb: *mut __sk_buff,
-    work: *mut Work,
-    device: *const DeviceEntry,
-    meta: u32,
-) -> u32 {
-    // SAFETY: as in `service_open`.
-    let (Some(work), Some(device)) = (unsafe { (work.as_mut(), device.as_ref()) }) else { return 0 };
+pub(crate) extern "C" fn service_open_direct(skb: *mut __sk_buff, device: *const DeviceEntry, meta: u32) -> u32 {
+    // SAFETY: a pointer into a map that was found for this packet.
+    let (Some(work), Some(device)) = (own_work(), unsafe { device.as_ref() }) else { return 0 };
     let meta = Meta(meta);
     if !meta.is(Meta::SETTLE) {
         begin(&mut work.entry, meta, device, Skb(skb).ifindex());
@@ -405,7 +395,7 @@ pub(crate) extern "C" fn service_open_direct(
     }
     write_key(&mut work.key, &work.entry.original, meta.proto_family(), FlowKey::SIDE_COMMON);
     let mode = if meta.is(Meta::REPLACE) { BPF_ANY } else { BPF_NOEXIST };
-    let reason = match FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode)) {
+    let reason = match flow::put(&work.key, &work.entry, mode) {
         Ok(()) => Reason::DirectNew,
         // The other direction was faster on another CPU.
         Err(EEXIST) => Reason::Direct,
@@ -438,10 +428,10 @@ pub(crate) extern "C" fn service_open_beside(
     for _ in 0..balance::PORT_TRIES {
         work.entry.translated.src_port = balance::source_port(random());
         work.entry.flags = FlowEntry::KEY_TRANSLATED | FlowEntry::INITIATOR_SIDE;
-        service_reserve(work, u32::from(meta.proto_family()));
+        service_reserve(u32::from(meta.proto_family()));
         if reason(work) == Reason::ServiceNew as u32 {
             work.reason = Reason::DirectNew as u32;
-            service_finish(work, u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_INITIATOR), BPF_ANY);
+            service_finish(u32::from(meta.proto_family()), u32::from(FlowKey::SIDE_INITIATOR), BPF_ANY);
             break;
         }
     }
@@ -465,7 +455,7 @@ pub(crate) fn is_stale(old: &FlowEntry, parsed: &Parsed, now: u64, moved: bool) 
             && (old.state == state::SYN_SENT || idle > HANDSHAKE)
             && !serves(old.backend, old.generation);
     }
-    if conntrack::is_idle(old.state, idle) || moved {
+    if flow::is_idle(old.state, idle) || moved {
         return true;
     }
     old.service != 0 && !serves(old.backend, old.generation)

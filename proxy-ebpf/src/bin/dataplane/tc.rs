@@ -16,7 +16,7 @@
 //! programmed. At the interfaces of the node only flows through Services are followed; all else passes without an entry.
 
 use aya_ebpf::bindings::__sk_buff;
-use proxy_abi::flow::state::{CLOSED, FIN_RESPONDER};
+use proxy_abi::flow::state::{CLOSED, FIN_RESPONDER, SYN_SENT};
 use proxy_abi::{
     DeviceEntry, FlowEntry, FlowKey, FragmentEntry, FrontendEntry, Hook, IpBytes, PortBe, PrefixKey, Proto, Reason,
     TcpMoment, Tuple, Work,
@@ -27,11 +27,11 @@ use proxy_ebpf::{frame, timewait};
 
 use crate::ctx::{Skb, copy, copy_mac, forget, write_key};
 use crate::exit::{self, Outcome, Verdict};
-use crate::maps::{DEVICE, FRAGMENT, WORK};
+use crate::maps::{DEVICE, DRY_RUN, FRAGMENT, WORK};
 use crate::service::Meta;
 use crate::{flow, frontend, icmp, other, policy, refuse, send, service};
 
-/// Bytes that are made readable at once: Ethernet, IPv6 with some extension, TCP.
+/// Bytes that are made readable at once where it is not a plain TCP segment: Ethernet, IPv6 with some extension, TCP.
 const HEADERS: u32 = 128;
 
 /// What is to become of a packet, as a number: the verifier is to forget how it came about (see [`forget`]).
@@ -77,11 +77,11 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
     let netdev = matches!(hook, Hook::FromNetdev | Hook::ToNetdev);
     // SAFETY: a pointer into a map that was just found.
     let slot = if netdev { 0 } else { forget(u32::from(unsafe { (*device).slot })) as u16 };
-    skb.pull(HEADERS);
+    skb.pull_headers::<F>(HEADERS);
     let mut parsed = match packet::parse::<F, Skb>(&skb) {
         Ok(parsed) => parsed,
         Err(Reason::OtherProtocol) if slot != 0 => return judged(other::packet::<F>(skb, device, hook, slot)),
-        Err(_) if slot != 0 => return Outcome::drop(Reason::FrameUnparsed),
+        Err(_) if slot != 0 && !other::is_free(device) => return Outcome::drop(Reason::FrameUnparsed),
         Err(reason) => return Outcome::pass(reason),
     };
     if slot != 0 && matches!(hook, Hook::FromPod) {
@@ -89,7 +89,7 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
             return Outcome::drop(Reason::FrameSource);
         }
         let (from, to) = (parsed.tuple.src_port.get(), parsed.tuple.dst_port.get());
-        if parsed.proto == Proto::UDP && frame::is_dhcp_server(from, to) {
+        if parsed.proto == Proto::UDP && frame::is_dhcp_server(from, to) && !other::is_free(device) {
             return Outcome::drop(Reason::FrameRouter);
         }
     }
@@ -257,7 +257,7 @@ extern "C" fn fragment_ports(tuple: *const Tuple, id: u32, proto: u32, first: u3
     key.proto = Proto(proto as u8);
     let mut entry = FragmentEntry { src_port: tuple.src_port, dst_port: tuple.dst_port, reserved: 0 };
     if first != 0 {
-        if FRAGMENT.insert(&*key, &entry, 0).is_err() {
+        if DRY_RUN.load() == 0 && FRAGMENT.insert(&*key, &entry, 0).is_err() {
             return u64::MAX;
         }
     } else if let Some(found) = FRAGMENT.get_ptr(&*key) {
@@ -342,6 +342,21 @@ fn known<F: Family>(
         plan.backend = entry.backend;
         return (step::OPEN_SERVICE, Reason::NoBackend as u32);
     }
+    // Its entry for replies was evicted, and another flow has its port by now: answers would go there for ever. Asked where
+    // no answer is known to have come: with a SYN that comes once more, and once a second for all else but TCP.
+    if original != 0 && comes && translated & !answers != 0 {
+        let asks = if parsed.proto == Proto::TCP {
+            entry.state == SYN_SENT && conntrack::opens(parsed.tcp_flags)
+        } else {
+            now.saturating_sub(entry.last_seen) > conntrack::TOUCH
+        };
+        if forget(u32::from(asks)) != 0 && flow::flow_is_robbed(found, u32::from(proto_family)) != 0 {
+            if entry.flags & FlowEntry::INITIATOR_SIDE != 0 {
+                return (step::OPEN_BESIDE, Reason::DirectNew as u32);
+            }
+            return (step::OPEN_SERVICE, Reason::DirectNew as u32);
+        }
+    }
     // A connection that has ended is not answered any more: this one belongs to another that looks like it, for example one
     // of another proxy that masquerades with a port which was ours. What comes after this segment must not find it either.
     if original == 0
@@ -375,7 +390,7 @@ fn known<F: Family>(
         }
     }
     if slot != 0 {
-        let why = policy::check(skb, found, work, slot, !from_pod, answers, parsed.proto);
+        let why = policy::check(skb, found, work, slot, hook, answers, parsed.proto);
         if why != 0 {
             return (step::DROP, why);
         }
@@ -415,6 +430,9 @@ fn known<F: Family>(
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn tcp_moment(skb: *mut __sk_buff, l4: u32, to: *mut TcpMoment) -> u32 {
+    if DRY_RUN.load() != 0 {
+        return 0;
+    }
     // SAFETY: the caller's: part of an entry of a map.
     let Some(to) = (unsafe { to.as_mut() }) else { return 0 };
     copy(to, &timewait::moment(&Skb(skb), l4 as usize & OFFSET_MASK));
@@ -517,14 +535,14 @@ pub(crate) fn open_direct(skb: Skb, work: *mut Work, device: *const DeviceEntry,
     let mut phase = 0;
     // SAFETY: a pointer into a map that was found for this packet.
     if !netdev(hook) && unsafe { (*device).slot } != 0 {
-        service::service_open_direct(skb.0, work, device, meta.0 | Meta::PROPOSE);
+        service::service_open_direct(skb.0, device, meta.0 | Meta::PROPOSE);
         let refused = policy::open(skb, work, device, hook, Proto(meta.0 as u8));
         if refused != 0 {
             return refused;
         }
         phase = Meta::SETTLE;
     }
-    service::service_open_direct(skb.0, work, device, meta.0 | forget(phase));
+    service::service_open_direct(skb.0, device, meta.0 | forget(phase));
     service::reason(work)
 }
 

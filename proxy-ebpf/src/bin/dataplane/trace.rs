@@ -8,15 +8,15 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns, bpf_probe_read_kernel};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, RingBuf};
-use proxy_abi::trace::{PACKETS, RING_BYTES, TraceControl, TraceDecision, TracePacket};
+use proxy_abi::trace::{CONTROL, CONTROLS, FOLLOWED, PACKETS, RING_BYTES, TraceControl, TraceDecision, TracePacket};
 use proxy_abi::{Hook, Reason};
 
 use crate::ctx::Skb;
 use crate::exit::Outcome;
-use crate::maps::WORK;
+use crate::maps::{DRY_RUN, WORK};
 
 #[map(name = "trace")]
-static TRACE: Array<TraceControl> = Array::with_max_entries(1, 0);
+static TRACE: Array<TraceControl> = Array::with_max_entries(CONTROLS, 0);
 #[map(name = "trace_packet")]
 static TRACE_PACKET: HashMap<u64, TracePacket> =
     HashMap::with_max_entries(2 * PACKETS, aya_ebpf::bindings::BPF_F_NO_PREALLOC);
@@ -34,15 +34,29 @@ const OFFSET_MASK: u32 = 0x3ff;
 /// Tells what became of a packet, if somebody wants to know.
 #[inline(always)]
 pub(crate) fn packet(skb: Skb, hook: Hook, outcome: &Outcome) {
-    if TRACING.load() == 0 {
-        return;
-    }
-    let Some(control) = TRACE.get_ptr(0) else { return };
-    // SAFETY: an array's entry; it is one word, which another CPU may change at any time.
-    if unsafe { core::ptr::read_volatile(&raw const (*control).until) } != 0 {
+    if is_wanted() {
         let what = hook as u64 | (outcome.verdict as u64) << 8 | u64::from(outcome.reason) << 16;
         trace_decision(skb.0, what | u64::from(outcome.rule) << 32);
     }
+}
+
+/// Tells what was found out about a packet that goes on. Hook and reason are numbers.
+#[inline(always)]
+pub(crate) fn beside(skb: Skb, hook: u32, reason: u32, rule: u32) {
+    if is_wanted() {
+        trace_decision(skb.0, u64::from(hook) | u64::from(reason) << 16 | u64::from(rule) << 32);
+    }
+}
+
+/// Does somebody trace?
+#[inline(always)]
+fn is_wanted() -> bool {
+    if TRACING.load() == 0 {
+        return false;
+    }
+    let Some(control) = TRACE.get_ptr(CONTROL) else { return false };
+    // SAFETY: an array's entry; it is one word, which another CPU may change at any time.
+    unsafe { core::ptr::read_volatile(&raw const (*control).until) != 0 }
 }
 
 /// Does a packet with this reason come so far that the plan in `work` is its own?
@@ -74,7 +88,12 @@ extern "C" fn trace_decision(skb: *mut __sk_buff, what: u64) -> u32 {
     if TRACING.load() == 0 {
         return 0;
     }
-    let Some(control) = TRACE.get_ptr_mut(0) else { return 0 };
+    let Some(followed) = TRACE.get_ptr(FOLLOWED) else { return 0 };
+    // SAFETY: an array's entry; it is one word, which another CPU may change at any time.
+    if unsafe { core::ptr::read_volatile(&raw const (*followed).until) } == 0 {
+        return 0;
+    }
+    let Some(control) = TRACE.get_ptr_mut(CONTROL) else { return 0 };
     // SAFETY: an array's entry. Where two CPUs count at once a counter may be one too small, but not 0.
     let control = unsafe { &mut *control };
     // SAFETY: no arguments.
@@ -86,10 +105,14 @@ extern "C" fn trace_decision(skb: *mut __sk_buff, what: u64) -> u32 {
     let at = address.wrapping_add(u64::from(control.head_offset & OFFSET_MASK));
     // SAFETY: the helper checks the address.
     let head = unsafe { bpf_probe_read_kernel(at as *const u64) }.unwrap_or(0);
-    let Some(found) = TRACE_PACKET.get_ptr(&address).or_else(|| TRACE_PACKET.get_ptr(&head)) else { return 0 };
+    let mut id = 0;
+    // In a dry run there is one packet, and one that asks.
+    if DRY_RUN.load() == 0 {
+        let Some(found) = TRACE_PACKET.get_ptr(&address).or_else(|| TRACE_PACKET.get_ptr(&head)) else { return 0 };
+        // SAFETY: a pointer into a map that was just found.
+        id = unsafe { (*found).id };
+    }
     let packet = Skb(skb);
-    // SAFETY: a pointer into a map that was just found.
-    let id = unsafe { (*found).id };
     let reason = (what >> 16) as u32 & 0xffff;
     let (mut service, mut backend) = (0, 0);
     if has_plan(reason)

@@ -3,12 +3,35 @@
 use proxy_abi::trace::{ROWS, TraceEnd, TraceFilter, TraceRow, count};
 use proxy_abi::{IpBytes, PortBe};
 
-use crate::kernel::Header;
+use crate::kernel::{Header, read};
 use crate::maps::{self, END, ROW};
 
-/// Sides that an address with a port belongs to.
+/// Could the packet whose IP header is at this address match? Most could not, by their addresses alone: it spares all that
+/// is read and told apart of a packet otherwise.
 #[inline(always)]
-fn sides(ip: &IpBytes, port: PortBe) -> u32 {
+pub(crate) fn may_match(filter: &TraceFilter, header: u64) -> bool {
+    let any = filter.flags & (TraceFilter::ANY_A | TraceFilter::ANY_B);
+    if any == TraceFilter::ANY_A | TraceFilter::ANY_B {
+        return true;
+    }
+    // Version, and the addresses of either family: RFC 791, 8200.
+    let words: [u32; 10] = read(header);
+    let (src, dst) = if words[0].to_ne_bytes()[0] >> 4 == 4 {
+        (IpBytes::from_v4_word(words[3]), IpBytes::from_v4_word(words[4]))
+    } else {
+        (IpBytes([words[2], words[3], words[4], words[5]]), IpBytes([words[6], words[7], words[8], words[9]]))
+    };
+    let src = filter.ends & TraceFilter::bit_of(&src) != 0;
+    let dst = filter.ends & TraceFilter::bit_of(&dst) != 0;
+    if any == 0 { src && dst } else { src || dst }
+}
+
+/// Sides that an address with a port belongs to. `ends`: [`TraceFilter::ends`].
+#[inline(always)]
+fn sides(ip: &IpBytes, port: PortBe, ends: u32) -> u32 {
+    if ends & TraceFilter::bit_of(ip) == 0 {
+        return 0;
+    }
     let mut key = TraceEnd { ip: *ip, port: PortBe(0), reserved: 0, reserved_more: 0 };
     let Some(found) = END.get_ptr(&key) else { return 0 };
     // SAFETY: a pointer into a map that was just found; here and below.
@@ -25,14 +48,14 @@ fn sides(ip: &IpBytes, port: PortBe) -> u32 {
 
 /// Is it from one side to the other, either way?
 #[inline(always)]
-fn joins_sides(flags: u32, header: &Header) -> bool {
+fn joins_sides(flags: u32, ends: u32, header: &Header) -> bool {
     if flags & (TraceFilter::ANY_A | TraceFilter::ANY_B) == TraceFilter::ANY_A | TraceFilter::ANY_B {
         return true;
     }
     let any = if flags & TraceFilter::ANY_A != 0 { TraceEnd::A } else { 0 }
         | if flags & TraceFilter::ANY_B != 0 { TraceEnd::B } else { 0 };
-    let src = sides(&header.src, header.src_port) | any;
-    let dst = sides(&header.dst, header.dst_port) | any;
+    let src = sides(&header.src, header.src_port, ends) | any;
+    let dst = sides(&header.dst, header.dst_port, ends) | any;
     let forth = src & TraceEnd::A != 0 && dst & TraceEnd::B != 0;
     let back = src & TraceEnd::B != 0 && dst & TraceEnd::A != 0;
     forth || back
@@ -84,7 +107,7 @@ pub(crate) fn matches(filter: &TraceFilter, header: &Header, place: u32) -> bool
     if filter.proto != 0 && filter.proto != header.proto {
         return false;
     }
-    if !joins_sides(filter.flags, header) {
+    if !joins_sides(filter.flags, filter.ends, header) {
         return false;
     }
     if filter.rows != 0 {

@@ -20,6 +20,7 @@ macro_rules! offsets {
 
 offsets! {
     SKB_HEAD; SKB_DATA; SKB_TAIL; SKB_NETWORK; SKB_LEN; SKB_DEV; SKB_NFCT; SKB_MARK; SKB_EXTENSIONS;
+    SKB_SK; SK_COOKIE;
     DEV_NAME; DEV_IFINDEX; DEV_NET;
     /// To the driver's own part of a device.
     DEV_PRIVATE;
@@ -27,6 +28,8 @@ offsets! {
     NET_INUM; NET_HOOKS_V4; NET_HOOKS_V6; NET_HOOKS_ARP; NET_HOOKS_BRIDGE;
     TASK_NSPROXY; TASK_PID; NSPROXY_NET;
     ENTRIES_HOOKS; OPS_PRIORITY; OPS_KIND; OPS_NFT; CHAIN_NAME; CHAIN_TABLE; TABLE_NAME;
+    /// Where `consume_skb` writes down who consumed the packet: not 0 where it is told that.
+    CONSUME_LOCATION;
 }
 
 /// A field of a structure whose type the verifier knows.

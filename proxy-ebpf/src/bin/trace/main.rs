@@ -7,6 +7,9 @@
 //!   kfree_skb ─────────┤  drops begin as well as end; grouped in trace_drop on request
 //!   consume_skb ───────┘
 //!                          every sight ─▶ trace_event (ring)
+//!   listener_* ── a question in trace_listener ─▶ is there a socket?      attached nowhere: BPF_PROG_TEST_RUN
+//!   symbol_name ─ an address in trace_symbol ─▶ what it is called         the same
+//!   arrive ── lets a frame pass that `trace why --inject` brings to an interface      the same, with live frames
 //!   iter/task ── every network namespace that a task lives in ─▶ trace_hook
 //! ```
 //!
@@ -26,18 +29,24 @@ mod hooks;
 #[cfg(target_arch = "bpf")]
 mod kernel;
 #[cfg(target_arch = "bpf")]
+mod listener;
+#[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod sight;
+#[cfg(target_arch = "bpf")]
+mod symbol;
 
 #[cfg(target_arch = "bpf")]
 mod programs {
     use aya_ebpf::EbpfContext as _;
-    use aya_ebpf::macros::btf_tracepoint;
-    use aya_ebpf::programs::BtfTracePointContext;
+    use aya_ebpf::bindings::xdp_action;
+    use aya_ebpf::macros::{btf_tracepoint, classifier, xdp};
+    use aya_ebpf::programs::{BtfTracePointContext, TcContext, XdpContext};
     use proxy_abi::trace::point;
 
-    use crate::{drops, hooks, sight};
+    use crate::kernel::CONSUME_LOCATION;
+    use crate::{drops, hooks, listener, sight, symbol};
 
     #[btf_tracepoint(function = "netif_receive_skb")]
     fn receive(ctx: BtfTracePointContext) -> i32 {
@@ -73,7 +82,9 @@ mod programs {
 
     #[btf_tracepoint(function = "consume_skb")]
     fn consumed(ctx: BtfTracePointContext) -> i32 {
-        sight::consumed(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
+        // Linux 6.1 has one argument, and refuses a program that reads another.
+        let location = if CONSUME_LOCATION.load() == 0 { 0 } else { ctx.arg(1) };
+        sight::consumed(ctx.as_ptr(), ctx.arg(0), location);
         0
     }
 
@@ -85,6 +96,30 @@ mod programs {
         let task = unsafe { *ctx.add(1) };
         hooks::of_task(task);
         0
+    }
+
+    /// Run by `BPF_PROG_TEST_RUN` alone.
+    #[classifier]
+    fn listener_tcp(ctx: TcContext) -> i32 {
+        listener::tcp(ctx.skb.skb)
+    }
+
+    /// The same.
+    #[classifier]
+    fn listener_udp(ctx: TcContext) -> i32 {
+        listener::udp(ctx.skb.skb)
+    }
+
+    /// The same. Named by `symbol::name`.
+    #[classifier]
+    fn symbol_name(_: TcContext) -> i32 {
+        symbol::name()
+    }
+
+    /// Run by `BPF_PROG_TEST_RUN` alone, on a live frame: what passes goes up the stack as if it had come from the wire.
+    #[xdp]
+    fn arrive(_ctx: XdpContext) -> u32 {
+        xdp_action::XDP_PASS
     }
 
     /// Some helpers are open to programs under a GPL-compatible licence only.

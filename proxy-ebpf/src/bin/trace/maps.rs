@@ -4,14 +4,14 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf, StackTrace};
 use proxy_abi::trace::{
-    COUNTS, ENDS, PACKETS, ROWS, TraceControl, TraceDropKey, TraceDrops, TraceEnd, TraceFilter, TraceHookEntry,
-    TraceHookKey, TracePacket, TraceRow, point,
+    CONTROLS, COUNTS, ENDS, PACKETS, ROWS, TraceControl, TraceDropKey, TraceDrops, TraceEnd, TraceFilter,
+    TraceHookEntry, TraceHookKey, TracePacket, TraceRow, TraceSymbol, listener, point,
 };
 
 use crate::kernel::Header;
 
 #[map(name = "trace")]
-pub(crate) static TRACE: Array<TraceControl> = Array::with_max_entries(1, 0);
+pub(crate) static TRACE: Array<TraceControl> = Array::with_max_entries(CONTROLS, 0);
 #[map(name = "trace_packet")]
 pub(crate) static TRACE_PACKET: HashMap<u64, TracePacket> = HashMap::with_max_entries(2 * PACKETS, BPF_F_NO_PREALLOC);
 
@@ -34,6 +34,14 @@ pub(crate) static HEADER: PerCpuArray<Header> = PerCpuArray::with_max_entries(po
 pub(crate) static DROP: HashMap<TraceDropKey, TraceDrops> = HashMap::with_max_entries(4_096, BPF_F_NO_PREALLOC);
 #[map(name = "trace_hook")]
 pub(crate) static HOOK: HashMap<TraceHookKey, TraceHookEntry> = HashMap::with_max_entries(16_384, BPF_F_NO_PREALLOC);
+
+/// What the programs `listener_*` are asked: see `proxy_abi::trace::listener`.
+#[map(name = "trace_listener")]
+pub(crate) static LISTENER: Array<listener::Question> = Array::with_max_entries(1, 0);
+
+/// What the program `symbol` is asked, and its answer.
+#[map(name = "trace_symbol")]
+pub(crate) static SYMBOL: Array<TraceSymbol> = Array::with_max_entries(1, 0);
 
 /// Adds one to a counter.
 #[inline(always)]

@@ -4,14 +4,14 @@ use aya_ebpf::helpers::generated::{
     bpf_get_smp_processor_id, bpf_get_stackid, bpf_ktime_get_ns, bpf_probe_read_kernel,
 };
 use core::ffi::c_void;
-use proxy_abi::trace::{SNAP, TraceEvent, TraceFilter, TracePacket, count, point};
+use proxy_abi::trace::{FOLLOWED, SNAP, TraceEvent, TraceFilter, TracePacket, count, point};
 
 use crate::filter;
 use crate::kernel::{
-    DEV_IFINDEX, DEV_NAME, DEV_NET, Header, NET_HOOKS_BRIDGE, NET_HOOKS_V4, NET_HOOKS_V6, NET_INUM, SKB_DEV,
-    SKB_EXTENSIONS, SKB_HEAD, SKB_LEN, SKB_MARK, SKB_NFCT, field, ip_header, peer_at_home, read,
+    DEV_IFINDEX, DEV_NAME, DEV_NET, Header, NET_HOOKS_BRIDGE, NET_HOOKS_V4, NET_HOOKS_V6, NET_INUM, SK_COOKIE, SKB_DEV,
+    SKB_EXTENSIONS, SKB_HEAD, SKB_LEN, SKB_MARK, SKB_NFCT, SKB_SK, field, ip_header, peer_at_home, read,
 };
-use crate::maps::{self, EVENT, FILTER, HEADER, STACK, TRACE_PACKET};
+use crate::maps::{self, EVENT, FILTER, HEADER, STACK, TRACE, TRACE_PACKET};
 
 /// A packet that is looked at.
 struct Sight {
@@ -88,6 +88,11 @@ impl Sight {
         let id = self.now << 6 | u64::from(cpu) & 63;
         let entry = TracePacket { id, last: self.now, imprint, sights: 1, reserved: 0 };
         let (skb, head) = (self.skb, self.head);
+        // Before it can be found: the programs of the dataplane look for packets from now on.
+        if let Some(followed) = TRACE.get_ptr_mut(FOLLOWED) {
+            // SAFETY: an array's entry; whoever writes it writes the same.
+            unsafe { core::ptr::write_volatile(&raw mut (*followed).until, 1) };
+        }
         if TRACE_PACKET.insert(&skb, &entry, 0).is_err() || TRACE_PACKET.insert(&head, &entry, 0).is_err() {
             maps::count(count::TABLE_FULL);
             return None;
@@ -127,6 +132,7 @@ impl Sight {
             (*event).head = self.head;
             (*event).location = location;
             (*event).nfct = field(self.skb, &SKB_NFCT);
+            (*event).cookie = cookie_of(self.skb);
             (*event).point = self.point;
             (*event).cpu = bpf_get_smp_processor_id();
             (*event).len = field(self.skb, &SKB_LEN);
@@ -159,6 +165,16 @@ impl Sight {
         entry.submit(0);
         maps::count(count::EVENTS);
     }
+}
+
+/// Cookie of the packet's socket. Whatever kind of socket it is, its first part is the same.
+#[inline(always)]
+fn cookie_of(skb: u64) -> u64 {
+    if SKB_SK.load() == 0 || SK_COOKIE.load() == 0 {
+        return 0;
+    }
+    let sk: u64 = read(skb + u64::from(SKB_SK.load()));
+    if sk == 0 { 0 } else { read(sk + u64::from(SK_COOKIE.load())) }
 }
 
 /// Hooks with entries, as [`TraceEvent::hooks`] has them.
@@ -251,6 +267,9 @@ pub(crate) fn begins(ctx: *mut c_void, skb: u64, point: u32) {
         return;
     }
     let mut sight = Sight::new(ctx, skb, point);
+    if sight.header == 0 || !is_busy(filter) && !filter::may_match(filter, sight.header) {
+        return;
+    }
     let Some(header) = headers(&sight, point) else { return };
     let mut id = None;
     if is_busy(filter) {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use proxy_tests::traffic::{Serving, TcpServer, UdpServer, tcp_exchange};
-use proxy_tests::{Agent, AgentOptions, Cluster, Deadline, Manifests, Netns, NodeSpec, Pod};
+use proxy_tests::{Agent, AgentOptions, Cluster, Deadline, Manifests, Netns, Node, NodeSpec, Pod};
 
 use crate::kube_proxy::{KubeProxy, Mode};
 use crate::objects::{self, FAMILY, Port};
@@ -169,12 +169,22 @@ impl Site {
         Ok(site)
     }
 
-    /// Where the client is.
     /// Which way its clients take.
     pub(crate) const fn title(&self) -> &'static str {
         self.scene.title()
     }
 
+    /// The node whose programs are measured.
+    pub(crate) fn node(&self) -> Result<&Node> {
+        Ok(self.cluster.node("node1")?)
+    }
+
+    /// The client's pod, and the server's.
+    pub(crate) const fn pods(&self) -> (&Pod, &Pod) {
+        (&self.client, &self.server)
+    }
+
+    /// Where the client is.
     pub(crate) fn client(&self) -> &Netns {
         if self.scene.is_outside() { self.cluster.outside() } else { self.client.netns() }
     }

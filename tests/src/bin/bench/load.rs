@@ -155,13 +155,13 @@ fn backend_of(maps: &Maps, key: &FrontendKey) -> Result<Option<IpBytes>> {
 }
 
 /// Memory of a process and of the maps it has open, in MiB.
-struct Memory {
-    rss: f64,
-    peak: f64,
-    maps: BTreeMap<String, f64>,
+pub(crate) struct Memory {
+    pub(crate) rss: f64,
+    pub(crate) peak: f64,
+    pub(crate) maps: BTreeMap<String, f64>,
 }
 
-fn memory(pid: u32) -> Result<Memory> {
+pub(crate) fn memory(pid: u32) -> Result<Memory> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));

@@ -4,6 +4,8 @@
 //!   traffic   connections, requests, bytes: every contender on its own node, rounds interleaved
 //!   load      the agent with many Services: cold start, one change, memory
 //!   packet    one program, one packet
+//!   policy    NetworkPolicy in a large cluster
+//!   trace     tracing that is off, that is on and matches nothing, that looks for few packets in a flood
 //! ```
 //!
 //! Only ratios and differences within one run say something about the code; the absolute numbers are this machine's.
@@ -21,8 +23,10 @@ mod load;
 mod measure;
 mod objects;
 mod packet;
+mod policy;
 mod scenes;
 mod stats;
+mod tracing;
 mod traffic;
 
 use std::fs;
@@ -89,6 +93,10 @@ enum Part {
     Scale,
     /// Masqueraded connections of one client address, for minutes.
     Sustain,
+    /// 5,000 NetworkPolicies and 50,000 pods.
+    Policy,
+    /// `trace`, off and on.
+    Trace,
 }
 
 /// Contenders by name.
@@ -198,7 +206,18 @@ fn run(arguments: &Arguments) -> Result<()> {
         write(arguments, &result)?;
     }
     if arguments.has(Part::Sustain) {
-        result["sustain"] = scenes::sustain(Duration::from_secs(if arguments.quick { 20 } else { 300 }))?;
+        let beside = arguments.contenders(kube_proxy.is_some()).contains(&contender::NFTABLES);
+        let whole = Duration::from_secs(if arguments.quick { 20 } else { 300 });
+        result["sustain"] = scenes::sustain(whole, kube_proxy.as_deref().filter(|_| beside))?;
+        write(arguments, &result)?;
+    }
+    if arguments.has(Part::Policy) {
+        let (pods, policies) = if arguments.quick { (5_000, 500) } else { (50_000, 5_000) };
+        result["policy"] = policy::run(pods, policies, arguments.changes, arguments.rounds)?;
+        write(arguments, &result)?;
+    }
+    if arguments.has(Part::Trace) {
+        result["trace"] = tracing::run(arguments.rounds, time)?;
         write(arguments, &result)?;
     }
     if arguments.has(Part::Packet) {

@@ -16,9 +16,11 @@ use proxy_abi::{
     Proto, Reason, ServiceEntry, capacity,
 };
 use proxy_agent::dataplane::sysbpf::test_run;
-use proxy_agent::dataplane::{AttachMode, Bpf, Config};
+use proxy_agent::dataplane::{AttachMode, Bpf, Config, SocketLb};
 use proxy_core::dataplane::Dataplane as _;
+use proxy_core::netpol::engine::Limits;
 use proxy_core::tables::Op;
+use proxy_ebpf::conntrack::UdpIdle;
 use proxy_tests::packet::{Frame, L4, Tcp, tcp_flag};
 use proxy_tests::{Cluster, Node, NodeSpec, Pod};
 use serde_json::{Value, json};
@@ -62,10 +64,13 @@ pub(crate) fn run(rounds: usize) -> Result<Value> {
             pin_root: node.pin_root(),
             attach: AttachMode::Auto,
             cgroup: None,
+            socket_lb: SocketLb::Node,
             flow_live: capacity::FLOW_LIVE,
             flow_brief: capacity::FLOW_BRIEF,
             pod_quota: 0,
             node_open: false,
+            udp_idle: UdpIdle::DEFAULT,
+            policy: Limits::default(),
         };
         let mut bpf = Bpf::open(&config).context("loading the programs")?;
         let measured = measure(&mut bpf, node, &client, &server, rounds);

@@ -148,42 +148,88 @@ pub(crate) fn scale(many: u16, count: usize, time: Duration) -> Result<Value> {
 }
 
 /// Connections of one client address through a masquerading NodePort, for `whole`, and as many beside them through one
-/// that keeps the source, in turns: the rate of each, and how many failed.
-pub(crate) fn sustain(whole: Duration) -> Result<Value> {
-    println!("\n== one client address, NodePort, 16 clients: policies Cluster and Local in turns, {whole:?} each");
+/// that keeps the source and through kube-proxy's, in turns: the rate of each, and how many failed.
+///
+/// A backend holds a connection that it has closed for a minute, kube-proxy's conntrack one for two: what goes on at its
+/// rate has taken ports over.
+pub(crate) fn sustain(whole: Duration, kube_proxy: Option<&Path>) -> Result<Value> {
+    println!("\n== one client address, NodePort, 16 clients, in turns, {whole:?} each");
     println!("   The backend closes first, so that it holds each connection in TIME_WAIT.");
-    let mut sides = Vec::new();
-    for scene in [Scene::OutsideCluster, Scene::OutsideLocal] {
-        sides.push((Site::build(OURS, scene, 10, None)?, Vec::new(), 0, 0, None));
+    let mut sides = vec![
+        Side::new(Site::build(OURS, Scene::OutsideCluster, 10, None)?),
+        Side::new(Site::build(OURS, Scene::OutsideLocal, 10, None)?),
+    ];
+    if kube_proxy.is_some() {
+        sides.push(Side::new(Site::build(NFTABLES, Scene::OutsideCluster, 10, kube_proxy)?));
     }
-    let turn = whole / 10;
-    for _ in 0..10 {
-        for (site, rates, errors, operations, first_error) in &mut sides {
-            let begin = Instant::now();
-            let report = connect_rate(site.client(), site.target(Port::Short), 16, turn, Closer::Server)?;
-            let scene = site.title();
-            println!("  {scene}: {:>6.0} per second, {} of {}", report.per_second(), report.errors, report.operations);
-            rates.push(report.per_second());
-            *errors += report.errors;
-            *operations += report.operations;
-            if first_error.is_none() {
-                *first_error = report.first_error;
-            }
-            anyhow::ensure!(begin.elapsed() < turn * 3, "{scene}: clients did not come to their end");
+    let turn = whole / TURNS;
+    for _ in 0..TURNS {
+        for side in &mut sides {
+            side.go_on(turn)?;
         }
     }
-    let comparison = Comparison {
-        text: "per second, sustained: policy Cluster ÷ policy Local".to_owned(),
-        estimate: Estimate::of_ratios(&sides[0].1, &sides[1].1),
-        budget: None,
-    };
-    print_comparisons(std::slice::from_ref(&comparison));
-    let side = |at: usize| {
-        let (site, rates, errors, operations, first_error) = &sides[at];
+    let [ours, others @ ..] = &*sides else { anyhow::bail!("ours is always there") };
+    let comparisons: Vec<Comparison> = others
+        .iter()
+        .map(|other| Comparison {
+            text: format!("per second, sustained: {} ÷ {}", ours.name(), other.name()),
+            estimate: Estimate::of_ratios(&ours.rates, &other.rates),
+            budget: (other.site.contender == NFTABLES).then_some(Budget::AtLeast(1.5)),
+        })
+        .collect();
+    print_comparisons(&comparisons);
+    Ok(json!({
+        "sides": sides.iter().map(Side::json).collect::<Vec<_>>(),
+        "comparisons": comparisons.iter().map(Comparison::json).collect::<Vec<_>>(),
+    }))
+}
+
+/// How often each of those who take turns comes in a sustained run.
+const TURNS: u32 = 10;
+
+/// One of those who take turns in a sustained run, and what came of it.
+struct Side {
+    site: Site,
+    rates: Vec<f64>,
+    operations: u64,
+    errors: u64,
+    first_error: Option<String>,
+}
+
+impl Side {
+    const fn new(site: Site) -> Self {
+        Self { site, rates: Vec::new(), operations: 0, errors: 0, first_error: None }
+    }
+
+    fn name(&self) -> String {
+        format!("{} {}", self.site.contender, self.site.title())
+    }
+
+    fn go_on(&mut self, turn: Duration) -> Result<()> {
+        let begin = Instant::now();
+        let report = connect_rate(self.site.client(), self.site.target(Port::Short), 16, turn, Closer::Server)?;
+        println!(
+            "  {}: {:>6.0} per second, {} of {}",
+            self.name(),
+            report.per_second(),
+            report.errors,
+            report.operations
+        );
+        self.rates.push(report.per_second());
+        self.errors += report.errors;
+        self.operations += report.operations;
+        if self.first_error.is_none() {
+            self.first_error = report.first_error;
+        }
+        anyhow::ensure!(begin.elapsed() < turn * 3, "{}: clients did not come to their end", self.name());
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        let Self { rates, operations, errors, first_error, .. } = self;
         json!({
-            "scene": site.title(), "per_second": rates, "operations": operations, "errors": errors,
+            "side": self.name(), "per_second": rates, "operations": operations, "errors": errors,
             "first_error": first_error,
         })
-    };
-    Ok(json!({ "cluster": side(0), "local": side(1), "comparison": comparison.json() }))
+    }
 }

@@ -49,13 +49,17 @@ impl Engine {
                 out.prepare.push(Op::Cell(number, Some(entry)));
             }
         }
+        let uncounted = self.emit_hits(&mut out);
         for (id, piece) in self.sets.pieces() {
             if self.tables.sets.get(id) != Some(&piece.entry) {
                 out.prepare.push(Op::Set(*id, Some(Box::new(piece.entry))));
             }
         }
         let stale = self.emit_bits(&mut out);
-        for (id, entry) in self.blocks.iter() {
+        // A block comes before the one whose shadow it is, and goes after it.
+        let mut blocks: Vec<_> = self.blocks.iter().collect();
+        blocks.sort_by_key(|(_, entry)| entry.shadow != 0);
+        for (id, entry) in blocks {
             if self.tables.blocks.get(&id) != Some(&entry) {
                 out.prepare.push(Op::Block(id, Some(entry)));
             }
@@ -83,7 +87,10 @@ impl Engine {
         if out.prepare.len() > written || !out.settle.is_empty() {
             out.switch = Some(Op::Epoch(epoch));
         }
-        out.settle.extend(gone(&self.tables.blocks, |id| self.blocks.contains(*id)).map(|id| Op::Block(id, None)));
+        let mut blocks: Vec<_> = gone(&self.tables.blocks, |id| self.blocks.contains(*id)).collect();
+        blocks.sort_by_key(|id| self.tables.blocks.get(id).is_some_and(|entry| entry.shadow == 0));
+        out.settle.extend(blocks.into_iter().map(|id| Op::Block(id, None)));
+        out.settle.extend(uncounted.into_iter().map(|rule| Op::Hits(rule, None)));
         out.settle.extend(stale.into_iter().map(|key| Op::Bits(key, None)));
         out.settle
             .extend(gone(&self.tables.sets, |id| self.sets.pieces().contains_key(id)).map(|id| Op::Set(id, None)));
@@ -281,7 +288,7 @@ impl Engine {
         }
         for subject in self.subjects.values() {
             let old = held(SlotWord::index(subject.slot, now));
-            let mut sets = subject.sets.iter().flatten().flat_map(|first| self.sets.chain(*first));
+            let mut sets = subject.firsts().flat_map(|first| self.sets.chain(first));
             let same = old.block == subject.block && !sets.any(|set| affected.contains(set));
             wanted.insert(subject.slot, if same { old } else { SlotWord { block: subject.block, revision: epoch } });
         }
@@ -326,8 +333,15 @@ impl Engine {
         self.partition.take_found();
         self.found_slots.clear();
         self.full = false;
-        let locked = self.subjects.values().any(|subject| subject.locked.is_some()) || !self.unplaced.is_empty();
-        // Less than before, and not only other numbers for the same: or what does not fit would be tried for ever.
-        self.retry = locked && room_taken(&self.tables).into_iter().zip(before).any(|(now, before)| now < before);
+        let lacks = self.subjects.iter().filter(|(_, subject)| subject.lacks());
+        let lacking: BTreeMap<_, _> =
+            lacks.map(|(name, subject)| (name.clone(), (subject.locked, subject.unaudited))).collect();
+        let locked = !lacking.is_empty() || !self.unplaced.is_empty();
+        // Less than before, and not only other numbers for the same: or what does not fit would be tried for ever. What was
+        // removed last made no room for those who came with it, so these are tried once more.
+        let made_room = room_taken(&self.tables).into_iter().zip(before).any(|(now, before)| now < before);
+        let late = lacking != self.lacking && transition.settle.iter().any(Op::makes_room);
+        self.retry = locked && (made_room || late);
+        self.lacking = lacking;
     }
 }

@@ -9,6 +9,7 @@ use super::super::digest;
 use super::super::partition::{Cell, Kind};
 use super::super::predicate::{Element, Question, Questions};
 use super::super::rules::RuleSet;
+use super::hits::Counted;
 use crate::ids::IdPool;
 
 /// Why there is no set.
@@ -27,6 +28,10 @@ pub(super) struct Piece {
     pub(super) entry: SetEntry,
     /// Question → rules that match who answers yes.
     pub(super) answers: BTreeMap<Element, Bits>,
+    /// What each of its rules is known by: what it says, and where it was written.
+    pub(super) lines: Vec<[u64; 2]>,
+    /// The same of no rule, in the first piece: by the policies that isolate.
+    pub(super) nothing: Option<[u64; 2]>,
 }
 
 impl Piece {
@@ -62,6 +67,8 @@ pub(super) struct Sets {
     unused: BTreeSet<u32>,
     pool: IdPool,
     found: BTreeMap<[u64; 2], u32>,
+    /// What was counted of pieces that are swept, as long as the maps hold them.
+    retired: BTreeMap<u32, Vec<Counted>>,
 }
 
 impl Sets {
@@ -74,6 +81,7 @@ impl Sets {
             // A rule's reference has 23 bits for the set.
             pool: IdPool::new(capacity.min(1 << 23)),
             found: BTreeMap::new(),
+            retired: BTreeMap::new(),
         }
     }
 
@@ -110,11 +118,13 @@ impl Sets {
             ids.push(id);
         }
         for (index, id) in ids.iter().copied().enumerate() {
-            let mut piece = Piece { entry: EMPTY, answers: BTreeMap::new() };
+            let nothing = (index == 0).then(|| digest::of(&(rules.direction, &rules.policies)));
+            let mut piece = Piece { entry: SetEntry::EMPTY, answers: BTreeMap::new(), lines: Vec::new(), nothing };
             piece.entry.digest = digests.get(index).copied().unwrap_or_default();
             piece.entry.next = ids.get(index + 1).copied().unwrap_or(0);
             for (bit, line) in rules.rules.iter().skip(index * size).take(size).enumerate() {
                 piece.entry.accept.set(bit);
+                piece.lines.push(digest::of(&(rules.direction, line)));
                 let mut answer = |element| piece.answers.entry(element).or_insert(Bits::ZERO).set(bit);
                 match &line.ports {
                     None => piece.entry.any_port.set(bit),
@@ -163,15 +173,23 @@ impl Sets {
             for id in chain.pieces {
                 let Some(piece) = self.pieces.remove(&id) else { continue };
                 piece.answers.keys().for_each(|element| questions.forget(*element, id));
-                if !known(id) {
+                if known(id) {
+                    self.retired.insert(id, piece.counted(id).collect());
+                } else {
                     self.pool.give_back(id);
                 }
             }
         }
     }
 
+    /// What was counted of pieces that are swept and not yet freed.
+    pub(super) fn retired(&self) -> impl Iterator<Item = &Counted> {
+        self.retired.values().flatten()
+    }
+
     /// Gives a swept number back: it rests from now on.
     pub(super) fn free(&mut self, id: u32, now: u64) {
+        self.retired.remove(&id);
         self.pool.quarantine(id, now);
     }
 
@@ -200,6 +218,11 @@ impl Sets {
         self.chains.values().map(|chain| &*chain.rules)
     }
 
+    /// All sets, with their pieces.
+    pub(super) fn chains(&self) -> impl Iterator<Item = (&RuleSet, &[u32])> {
+        self.chains.values().map(|chain| (&*chain.rules, chain.pieces.as_slice()))
+    }
+
     /// The pieces of a set.
     pub(super) fn chain(&self, first: u32) -> &[u32] {
         self.chains.get(&first).map_or(&[], |chain| &chain.pieces)
@@ -213,14 +236,3 @@ impl Sets {
         })
     }
 }
-
-const EMPTY: SetEntry = SetEntry {
-    any_pod: Bits::ZERO,
-    any_address: Bits::ZERO,
-    any_port: Bits::ZERO,
-    accept: Bits::ZERO,
-    deny: Bits::ZERO,
-    digest: [0; 2],
-    next: 0,
-    reserved: 0,
-};
