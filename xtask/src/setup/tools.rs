@@ -22,6 +22,8 @@ pub(super) const NODE: Tools = Tools {
         ("ip6tables", "iptables"),
         ("nsenter", "util-linux"),
         ("ethtool", "ethtool"),
+        ("bpftool", "bpftool"),
+        ("sysctl", "procps"),
         ("cc", "gcc"),
     ],
 };
