@@ -39,6 +39,8 @@ pub enum Question {
         /// Addresses.
         ips: Vec<IpAddr>,
     },
+    /// Pods with all of these labels, keys and values.
+    Labelled(Vec<(String, String)>),
     /// The pods of this node that have a slot.
     Endpoints,
     /// All policies.

@@ -16,6 +16,7 @@
 pub mod btf;
 pub mod capture;
 pub mod command;
+pub mod condition;
 pub mod difference;
 pub mod doctor;
 pub mod drops;
@@ -61,6 +62,9 @@ pub enum TraceError {
     /// The expression.
     #[error(transparent)]
     Expression(#[from] expression::ExpressionError),
+    /// The condition.
+    #[error(transparent)]
+    Condition(#[from] condition::ConditionError),
     /// Something else on the command line.
     #[error("{0}")]
     Usage(String),
@@ -100,9 +104,12 @@ impl TraceError {
     /// How the command ends with it.
     pub const fn outcome(&self) -> expect::Outcome {
         match self {
-            Self::Selection(_) | Self::Expression(_) | Self::Usage(_) | Self::File { .. } | Self::Malformed { .. } => {
-                expect::Outcome::Usage
-            }
+            Self::Selection(_)
+            | Self::Expression(_)
+            | Self::Condition(_)
+            | Self::Usage(_)
+            | Self::File { .. }
+            | Self::Malformed { .. } => expect::Outcome::Usage,
             Self::Types(_) | Self::Probes(_) | Self::Maps(_) | Self::Netlink(_) => expect::Outcome::Unavailable,
         }
     }

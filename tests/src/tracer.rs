@@ -1,13 +1,17 @@
 //! The real `proxy-agent trace` in a simulated node.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::time::Duration;
 
+use jsonschema::Validator;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use proxy_agent::trace::condition::SCHEMA;
+use serde_json::{Value, json};
 
 use crate::agent::find_binary;
 use crate::command;
@@ -47,7 +51,7 @@ impl Tracer {
     /// Starts `proxy-agent trace ARGS` in the node, with its pins and CNI results, and waits until packets are followed.
     ///
     /// # Errors
-    /// [`Error::Timeout`] with what it said, when it is not ready in ten seconds.
+    /// [`Error::Timeout`] with what it said, when it is not ready in thirty seconds.
     pub fn start(node: &Node, args: &[&str]) -> Result<Self> {
         let mut tracer = Self::launch(node, args)?;
         let ready = || {
@@ -55,7 +59,7 @@ impl Tracer {
             said.lines().any(|line| line.starts_with("following") || line.starts_with("counting"))
         };
         let mut ended = None;
-        let waited = Deadline::secs(10).until("trace is ready", || {
+        let waited = Deadline::secs(30).until("trace is ready", || {
             ended = tracer.child.try_wait().ok().flatten();
             ready() || ended.is_some()
         });
@@ -99,7 +103,9 @@ impl Tracer {
         let what = "trace ends";
         let status = deadline.poll(what, || self.child.try_wait().context(|| what.to_owned()))?;
         let read = |path: &Path| fs::read_to_string(path).context(|| format!("read {}", path.display()));
-        Ok(Traced { code: status.code(), out: read(&self.out)?, err: read(&self.err)? })
+        let traced = Traced { code: status.code(), out: read(&self.out)?, err: read(&self.err)? };
+        traced.lines().iter().filter(|line| line["t"].is_string()).try_for_each(is_as_promised)?;
+        Ok(traced)
     }
 
     /// Ends it as Ctrl-C does, and waits.
@@ -127,6 +133,25 @@ impl Drop for Tracer {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Is a line of `-o ndjson` what `trace schema` says of lines of its kind?
+fn is_as_promised(line: &Value) -> Result<()> {
+    static KINDS: LazyLock<BTreeMap<String, Validator>> = LazyLock::new(|| {
+        let schema: Value = serde_json::from_str(SCHEMA).expect("the schema is JSON");
+        let kinds = schema["$defs"].as_object().into_iter().flatten().map(|(kind, _)| {
+            let one = json!({ "$ref": format!("#/$defs/{kind}"), "$defs": schema["$defs"] });
+            (kind.clone(), jsonschema::validator_for(&one).expect("a schema"))
+        });
+        kinds.collect()
+    });
+    let wrong = match line["t"].as_str().and_then(|kind| KINDS.get(kind)) {
+        None => "no such kind of line".to_owned(),
+        Some(kind) => {
+            kind.iter_errors(line).map(|e| format!("{}: {e}", e.instance_path())).collect::<Vec<_>>().join("; ")
+        }
+    };
+    if wrong.is_empty() { Ok(()) } else { Err(Error::Name(format!("{line} is not in the schema: {wrong}"))) }
 }
 
 /// Runs a trace that ends by itself.

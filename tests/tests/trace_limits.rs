@@ -48,12 +48,21 @@ fn loaded() -> [BTreeSet<u32>; 2] {
 #[test]
 fn bad_input_is_told_apart() {
     let scenario = build();
-    let cases: [(&[&str], i32, &str); 10] = [
+    let cases: [(&[&str], i32, &str); 15] = [
         (&[], 2, "what is to be followed?"),
         (&["pod:default/c"], 2, "no pod default/c on this node; there is pod:default/a, pod:default/b"),
         (&["svc:default/to-x"], 2, "no Service default/to-x on this node; there is svc:default/to-"),
         (&["pod:default/a", "and", "pod:default/b"], 2, "a selection is one side, or two with `to` between them"),
         (&["any", "-f", "tcp prot 80"], 2, "\n      ^"),
+        (&["any", "--where", "drop.reason =="], 2, "is no condition: 1:15: "),
+        (
+            &["any", "--where", "hops.exists(hop, hop.device == \"br0\")"],
+            2,
+            "there is no field device; there is decision: ",
+        ),
+        (&["any", "--where", "pkt.dport > \"80\""], 2, "cannot be answered"),
+        (&["label:app"], 2, "labels are `label:KEY=VALUE`"),
+        (&["label:app=none"], 2, "no pod with the labels app=none is known; the running agent knows labels"),
         (&["any", "--for", "soon"], 2, "a time is 500ms, 30s or 5m"),
         (&["10.255.255.1", "--for", "300ms"], 3, "following 10.255.255.1"),
         (&["show", "/nonexistent"], 2, "/nonexistent"),
@@ -109,6 +118,42 @@ fn decisions_are_told_while_the_agent_is_down() {
     {
         assert!(traced.out.contains(words), "{words}: {}", traced.out);
     }
+}
+
+#[test]
+fn packets_are_chosen_by_what_their_story_says() {
+    let scenario = build();
+    let condition =
+        r#"end.result == "left-node" && decisions.exists(d, d.service.name == "to-d" && d.reason == "service_new")"#;
+    let path = scenario.node(0).state_dir().join("trace.ndjson").display().to_string();
+    let args = ["pod:default/a", "-c", "1", "--for", "20s", "--where", condition, "-o", "ndjson"];
+    let tracer = Tracer::start(scenario.node(0), &args).expect("a trace");
+    for server in ["b", "d"] {
+        ask(&scenario, server);
+    }
+    let traced = tracer.finish(Duration::from_secs(30)).expect("an end");
+    assert_eq!(traced.code, Some(0), "{} {}", traced.out, traced.err);
+    let packets = traced.packets();
+    let services = packets.iter().flat_map(|packet| packet.all("decision")).map(|line| &line["service"]["name"]);
+    assert!(packets.len() == 1 && services.clone().count() > 0, "{}", traced.out);
+    assert!(services.clone().all(|name| name == "to-d"), "{}", traced.out);
+
+    // The same of a recording.
+    let args = ["pod:default/a", "-c", "4", "--for", "20s", "--first-of-flow", "-o", "ndjson", "-w", &path];
+    let tracer = Tracer::start(scenario.node(0), &args).expect("a trace");
+    for server in ["b", "d"] {
+        ask(&scenario, server);
+    }
+    assert_eq!(tracer.finish(Duration::from_secs(30)).expect("an end").code, Some(0));
+    let shown = |condition: &str| {
+        let traced =
+            tracer::run(scenario.node(0), &["show", &path, "-o", "tree", "--where", condition]).expect("an end");
+        assert_eq!(traced.code, Some(0), "{}", traced.err);
+        traced.out.lines().filter(|line| line.starts_with('#')).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(shown("true").len(), 4);
+    let left = shown(r#"end.result == "left-node""#);
+    assert!(left.len() == 1 && left[0].contains("service default/to-d"), "{left:?}");
 }
 
 #[test]

@@ -36,6 +36,7 @@ pub(super) fn answer(
     let engine = reconciler.engine();
     match question {
         Question::Pods { names, ips } => pods(reconciler, names, ips),
+        Question::Labelled(labels) => Answer::Pods { found: labelled(reconciler, labels), similar: Vec::new() },
         Question::Endpoints => {
             let local = engine.subjects().keys().filter_map(|name| engine.world().member(name));
             let found = local.map(|member| pod_info(reconciler, &member.pod)).collect();
@@ -83,6 +84,17 @@ fn pods(reconciler: &PolicyReconciler, names: &[String], ips: &[IpAddr]) -> Answ
     found.sort_by(|a, b| a.name.cmp(&b.name));
     found.dedup();
     Answer::Pods { found, similar }
+}
+
+/// Those that run. A pod of the host's network has the node's addresses, and nothing tells its packets from the node's.
+fn labelled(reconciler: &PolicyReconciler, labels: &[(String, String)]) -> Vec<PodInfo> {
+    let pods = reconciler.engine().world().members().map(|(_, member)| &member.pod);
+    let has = |pod: &Pod| {
+        let equal =
+            |(key, value): &(String, String)| pod.labels.get(key.as_str()).is_some_and(|found| **found == **value);
+        !pod.host_network && !pod.finished && labels.iter().all(equal)
+    };
+    pods.filter(|pod| has(pod)).map(|pod| pod_info(reconciler, pod)).collect()
 }
 
 /// The names that differ least.

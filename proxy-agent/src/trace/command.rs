@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
+use super::condition::Condition;
 use super::expect::{Absent, Expectation, Expectations, Outcome};
 use super::inventory::Which;
 use super::output::{Form, Output};
 use super::recorded::Recorded;
 use super::why::flow::Stage;
-use super::{TraceError, boot_epoch, difference, doctor, graph, inventory, live, output, picture, top, why};
+use super::{TraceError, boot_epoch, condition, difference, doctor, graph, inventory, live, output, picture, top, why};
 
 /// `proxy-agent trace`.
 #[derive(Debug, Args)]
@@ -40,6 +41,8 @@ enum Verb {
     Graph(ShowArgs),
     /// A recorded trace (`-o ndjson`) in another form.
     Show(ShowArgs),
+    /// What the lines of `-o ndjson` look like, as a JSON Schema: also the names for --where.
+    Schema,
     /// Two recorded traces side by side: steps that only one of them has, and the times. Exit code 1 when paths differ.
     Diff {
         /// Before.
@@ -83,8 +86,9 @@ struct NodeArgs {
 #[derive(Clone, Debug, Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 struct LiveArgs {
-    /// What to follow: `END` or `END to END`. END is pod:NS/NAME, svc:NS/NAME[:PORT], node, ext, ADDRESS[/LEN], dev:NAME or
-    /// any; all but svc and dev take `:PORT` or `:PORT/PROTOCOL`.
+    /// What to follow: `END` or `END to END`. END is pod:NS/NAME, svc:NS/NAME[:PORT], label:KEY=VALUE[,...], node, ext,
+    /// ADDRESS[/LEN], dev:NAME or any; all but svc and dev take `:PORT` or `:PORT/PROTOCOL`. Pods have labels here while
+    /// there is a NetworkPolicy.
     #[arg(value_name = "SELECTION")]
     words: Vec<String>,
     /// An expression as tcpdump writes them: host, net, port, portrange, tcp, udp, icmp, tcp[syn], and, or, not.
@@ -125,6 +129,11 @@ struct LiveArgs {
     /// Only packets that took at least so long.
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     min_latency: Option<Duration>,
+    /// Only packets whose story fulfils a condition in the Common Expression Language, by the names of `trace schema`:
+    /// `drop.reason == "NETFILTER_DROP" && hops.exists(hop, hop.dev == "br0")`. pkt, drop and end are objects; hops,
+    /// decisions and hooks are lists.
+    #[arg(long = "where", value_name = "CONDITION")]
+    condition: Option<String>,
     /// Stop when the probes take more of a CPU than so many percent; measured now and then. 0: not measured.
     #[arg(long, value_name = "PERCENT", default_value_t = 0)]
     max_cpu: u64,
@@ -222,6 +231,11 @@ struct HooksArgs {
 struct ShowArgs {
     /// What `-o ndjson` wrote.
     file: PathBuf,
+    /// Only packets whose story fulfils a condition in the Common Expression Language, by the names of `trace schema`:
+    /// `drop.reason == "NETFILTER_DROP" && hops.exists(hop, hop.dev == "br0")`. pkt, drop and end are objects; hops,
+    /// decisions and hooks are lists.
+    #[arg(long = "where", value_name = "CONDITION")]
+    condition: Option<String>,
     /// Form of the output.
     #[arg(short = 'o', long = "output", value_enum, default_value_t = Form::Mermaid)]
     form: Form,
@@ -267,6 +281,10 @@ impl TraceArgs {
             Some(Verb::Hooks(args)) => list(&args),
             Some(Verb::Graph(args) | Verb::Show(args)) => show(&args),
             Some(Verb::Diff { before, after }) => compare(&before, &after),
+            Some(Verb::Schema) => {
+                crate::view::lines(&[condition::SCHEMA.trim_end().to_owned()], "");
+                Ok(Outcome::Good)
+            }
             Some(Verb::Doctor(pins)) => {
                 let report = doctor::report(&pins.pin_root);
                 crate::view::check(&report);
@@ -302,6 +320,10 @@ fn target(file: Option<&Path>) -> Result<Box<dyn Write>, TraceError> {
     }
 }
 
+fn parsed(condition: Option<&str>) -> Result<Option<Condition>, TraceError> {
+    Ok(condition.map(str::parse).transpose()?)
+}
+
 fn follow(args: &LiveArgs) -> Result<Outcome, TraceError> {
     if args.form == Form::Pcapng && args.file.is_none() && std::io::IsTerminal::is_terminal(&std::io::stdout()) {
         return Err(TraceError::Usage("a capture is no text: give -w FILE, or a pipe".to_owned()));
@@ -324,6 +346,7 @@ fn follow(args: &LiveArgs) -> Result<Outcome, TraceError> {
         sample: args.sample.unwrap_or(0),
         rate: args.rate,
         least: args.min_latency.map_or(0, nanoseconds),
+        condition: parsed(args.condition.as_deref())?,
         most_cpu: args.max_cpu,
         buffer: args.buffer,
         all_namespaces: args.node.all_namespaces,
@@ -392,7 +415,7 @@ fn list(args: &HooksArgs) -> Result<Outcome, TraceError> {
 }
 
 fn show(args: &ShowArgs) -> Result<Outcome, TraceError> {
-    let recorded = Recorded::read(&args.file)?;
+    let recorded = Recorded::read(&args.file, parsed(args.condition.as_deref())?.as_ref())?;
     let bytes = match args.form {
         Form::Pcapng | Form::Mermaid => output::whole(args.form, &recorded),
         Form::Svg => picture::svg(&graph::Graph::new(&recorded)).into_bytes(),
@@ -422,7 +445,7 @@ fn steps(recorded: &Recorded) -> String {
 }
 
 fn compare(before: &Path, after: &Path) -> Result<Outcome, TraceError> {
-    let (text, differs) = difference::compare(&Recorded::read(before)?, &Recorded::read(after)?);
+    let (text, differs) = difference::compare(&Recorded::read(before, None)?, &Recorded::read(after, None)?);
     crate::view::lines(&[text.trim_end().to_owned()], "");
     Ok(if differs { Outcome::Failed } else { Outcome::Good })
 }

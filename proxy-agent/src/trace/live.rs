@@ -9,6 +9,7 @@ use std::time::Duration;
 use proxy_abi::trace::{TraceFilter, count};
 use serde_json::json;
 
+use super::condition::Condition;
 use super::expect::{Expectations, Outcome};
 use super::expression::Expression;
 use super::journey::{Ending, Journey};
@@ -51,6 +52,8 @@ pub struct Options {
     pub rate: u32,
     /// Packets that took less are not shown, nanoseconds.
     pub least: u64,
+    /// What the story of a packet that is shown fulfils.
+    pub condition: Option<Condition>,
     /// Percent of one CPU that the probes may take; 0 = not measured.
     pub most_cpu: u64,
     /// Mebibytes of the ring.
@@ -347,6 +350,13 @@ impl Session {
             return Ok(());
         }
         let label = format!("{number}{}", if is_reply { "r" } else { "" });
+        if let Some(condition) = &self.options.condition {
+            let lines = record::lines(&label, &story, context);
+            if !condition.holds(&lines.iter().collect::<Vec<_>>()) {
+                self.beside += 1;
+                return Ok(());
+            }
+        }
         for failure in self.options.expectations.failures(&story, hooks.as_ref()) {
             self.failures.push(format!("#{label}: {failure}"));
         }
@@ -390,6 +400,7 @@ impl Session {
         });
         if let serde_json::Value::Object(fields) = &mut summary {
             fields.insert("outcome".to_owned(), json!(outcome as u8));
+            fields.insert("stopped_by".to_owned(), json!((outcome == Outcome::Stopped).then_some("max_cpu")));
         }
         let mut text = String::new();
         for failure in &self.failures {
@@ -402,10 +413,18 @@ impl Session {
         let cost = per_cent.map_or_else(String::new, |share| {
             format!(" · probes took {}.{}% of a CPU, {} ns a run", share / 10, share % 10, per_run.unwrap_or(0))
         });
+        let stopped = if outcome == Outcome::Stopped {
+            format!(
+                "\nstopped: more of a CPU than --max-cpu {} allows; follow less, or fewer packets (--rate, --sample)",
+                self.options.most_cpu
+            )
+        } else {
+            String::new()
+        };
         let endings: Vec<String> = self.endings.iter().map(|(name, count)| format!("{count} {name}")).collect();
         let endings = if endings.is_empty() { "no packet".to_owned() } else { endings.join(", ") };
         let (events, lost_text) = (counted(count::EVENTS), lost_text.join(", "));
-        let _ = write!(text, "{head}: {endings}; {events} events; lost: {lost_text}{cost}");
+        let _ = write!(text, "{head}: {endings}; {events} events; lost: {lost_text}{cost}{stopped}");
         let lost = record::lost(&lost);
         self.write(|output| output.end(&lost, &summary, &text))?;
         Ok(outcome)

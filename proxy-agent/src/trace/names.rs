@@ -8,6 +8,7 @@ use std::path::Path;
 use proxy_abi::{DeviceEntry, FrontendKey, IpBytes, Proto};
 use serde_json::Value;
 
+use super::selection::{End, Who};
 use crate::ask::{Answer, Question, ask};
 use crate::dataplane::pins::Maps;
 
@@ -52,8 +53,15 @@ pub struct Names {
     pub interfaces: BTreeMap<u32, String>,
     /// Interfaces of this namespace that are pods' veths.
     pub veths: BTreeSet<u32>,
+    /// Addresses of the pods with the labels that a selection names, by those: [`label_text`].
+    pub labelled: BTreeMap<String, BTreeSet<IpAddr>>,
     /// Indices of `pods` by address.
     by_address: BTreeMap<IpAddr, usize>,
+}
+
+/// `app=web,tier=front`.
+pub fn label_text(labels: &[(String, String)]) -> String {
+    labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
 }
 
 /// What an address belongs to.
@@ -150,22 +158,32 @@ impl Names {
             self.pods.iter().enumerate().flat_map(|(i, pod)| pod.addresses.iter().map(move |ip| (*ip, i))).collect();
     }
 
-    /// Pods of other nodes that are named in words of a selection. The agent knows them where there are NetworkPolicies;
-    /// while it does not run, or knows of none, they stay unknown.
+    /// Pods of other nodes, and pods by their labels, that are named in words of a selection. The agent knows them where
+    /// there are NetworkPolicies; while it does not run, or knows of none, they stay unknown.
     pub fn ask_for(&mut self, pin_root: &Path, words: &[String]) {
-        let names = words.iter().filter_map(|word| word.strip_prefix("pod:")?.split(':').next());
-        let unknown: Vec<String> = names
-            .filter(|name| !self.pods.iter().any(|pod| pod.name.as_deref() == Some(name)))
-            .map(str::to_owned)
-            .collect();
-        if unknown.is_empty() {
-            return;
-        }
-        let Ok(Answer::Pods { found, .. }) = ask(pin_root, &Question::Pods { names: unknown, ips: Vec::new() }) else {
-            return;
+        let ends: Vec<End> = words.iter().filter_map(|word| word.parse().ok()).collect();
+        let asked = |question: &Question| match ask(pin_root, question) {
+            Ok(Answer::Pods { found, .. }) => found.into_iter().filter(|pod| !pod.ips.is_empty()).collect(),
+            _ => Vec::new(),
         };
-        for pod in found.into_iter().filter(|pod| !pod.ips.is_empty()) {
-            self.add_pod(pod.name, pod.ips.into_iter().collect());
+        let unknown = ends.iter().filter_map(|end| match &end.who {
+            Who::Pod(name) if !self.pods.iter().any(|pod| pod.name.as_ref() == Some(name)) => Some(name.clone()),
+            _ => None,
+        });
+        let unknown: Vec<String> = unknown.collect();
+        if !unknown.is_empty() {
+            for pod in asked(&Question::Pods { names: unknown, ips: Vec::new() }) {
+                self.add_pod(pod.name, pod.ips.into_iter().collect());
+            }
+        }
+        for end in ends {
+            let Who::Labels(labels) = end.who else { continue };
+            let found = asked(&Question::Labelled(labels.clone()));
+            let addresses = found.iter().flat_map(|pod| pod.ips.iter().copied()).collect();
+            self.labelled.insert(label_text(&labels), addresses);
+            for pod in found {
+                self.add_pod(pod.name, pod.ips.into_iter().collect());
+            }
         }
         self.index();
     }
@@ -300,6 +318,12 @@ pub(super) mod tests {
             ]
             .into(),
             own: [ip("192.168.0.1"), ip("10.1.0.1")].into(),
+            labelled: [
+                ("app=web".to_owned(), ["10.1.0.2", "fd01::2", "10.2.0.2"].map(ip).into()),
+                ("app=web,tier=back".to_owned(), ["10.1.0.3"].map(ip).into()),
+                ("app=db".to_owned(), BTreeSet::new()),
+            ]
+            .into(),
             interfaces: [(1, "lo".to_owned()), (2, "eth0".to_owned()), (3, "cni0".to_owned())].into(),
             ..Names::default()
         };

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::TraceError;
+use super::condition::Condition;
 use super::record::unhex;
 
 /// All packets of a trace.
@@ -125,11 +126,11 @@ impl Recorded {
         recorded
     }
 
-    /// From a file of lines.
+    /// From a file of lines: the packets that fulfil the condition.
     ///
     /// # Errors
     /// [`TraceError::File`], [`TraceError::Malformed`].
-    pub fn read(path: &std::path::Path) -> Result<Self, TraceError> {
+    pub fn read(path: &std::path::Path, condition: Option<&Condition>) -> Result<Self, TraceError> {
         let shown = path.display().to_string();
         let content =
             std::fs::read_to_string(path).map_err(|source| TraceError::File { path: shown.clone(), source })?;
@@ -145,7 +146,13 @@ impl Recorded {
         if lines.is_empty() {
             return Err(TraceError::Malformed { path: shown, line: 1, message: "the file is empty".to_owned() });
         }
-        Ok(Self::new(lines.iter()))
+        let mut packets: BTreeMap<&str, Vec<&Value>> = BTreeMap::new();
+        for (id, line) in lines.iter().filter_map(|line| Some((line["id"].as_str()?, line))) {
+            packets.entry(id).or_default().push(line);
+        }
+        let holds = |lines: &Vec<&Value>| condition.is_none_or(|condition| condition.holds(lines));
+        packets.retain(|_, lines| holds(lines));
+        Ok(Self::new(lines.iter().filter(|line| line["id"].as_str().is_none_or(|id| packets.contains_key(id)))))
     }
 }
 
@@ -292,6 +299,26 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn packets_are_chosen_by_a_condition() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("trace");
+        let meta = json!({"t": "meta", "v": 1});
+        let all = [vec![meta], lines("a", 500, false), lines("b", 500, true), vec![json!({"t": "lost", "ringbuf": 3})]];
+        let content: Vec<String> = all.concat().iter().map(Value::to_string).collect();
+        std::fs::write(&path, content.join("\n")).expect("written");
+        let read = |condition: Option<&str>| {
+            let condition = condition.map(|text| text.parse().expect("a condition"));
+            let recorded = Recorded::read(&path, condition.as_ref()).expect("a trace");
+            assert_eq!((&recorded.meta["v"], recorded.lost), (&json!(1), 3));
+            recorded.packets.into_iter().map(|packet| packet.id).collect::<Vec<_>>()
+        };
+        assert_eq!(read(None), ["a", "b"]);
+        assert_eq!(read(Some(r#"drop.reason == "no_backend""#)), ["b"]);
+        assert_eq!(read(Some(r#"hops.exists(hop, hop.netns_ref == "pod shop/api-0")"#)), ["a"]);
+        assert_eq!(read(Some("pkt.dport == 81")), [""; 0]);
+    }
+
+    #[test]
     fn other_files_are_refused() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("trace");
@@ -299,12 +326,12 @@ pub(super) mod tests {
             [("", 1), ("{}\n", 1), ("x\n", 1), ("{\"t\":\"meta\",\"v\":1}\n{\n", 2), ("{\"t\":\"meta\",\"v\":99}\n", 1)]
         {
             std::fs::write(&path, content).expect("written");
-            let error = Recorded::read(&path).expect_err(content);
+            let error = Recorded::read(&path, None).expect_err(content);
             assert!(
                 matches!(error, TraceError::Malformed { line: found, .. } if found == line),
                 "{content:?}: {error}"
             );
         }
-        assert!(matches!(Recorded::read(&directory.path().join("none")), Err(TraceError::File { .. })));
+        assert!(matches!(Recorded::read(&directory.path().join("none"), None), Err(TraceError::File { .. })));
     }
 }

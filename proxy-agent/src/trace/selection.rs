@@ -3,7 +3,7 @@
 //! ```text
 //!   SEL ::= EP ["to" EP]
 //!   EP  ::= "pod:" NS "/" NAME [PORT] | "svc:" NS "/" NAME [":" NAME-OR-NUMBER] | "node" [PORT] | "host" [PORT]
-//!         | "ext" [PORT] | ADDRESS ["/" LEN] [PORT] | "dev:" NAME | "any" [PORT]
+//!         | "ext" [PORT] | ADDRESS ["/" LEN] [PORT] | "dev:" NAME | "label:" KEY "=" VALUE {"," KEY "=" VALUE} [PORT] | "any" [PORT]
 //!   PORT ::= ":" NUMBER ["/" PROTOCOL]; after an IPv6 address only with brackets around that
 //! ```
 
@@ -13,7 +13,7 @@ use std::net::{IpAddr, SocketAddr};
 use proxy_abi::trace::{TraceEnd, TraceFilter};
 use proxy_abi::{IpBytes, PortBe, Proto};
 
-use super::names::Names;
+use super::names::{Names, label_text};
 use super::packet::{Net, Packet};
 
 /// Whom one side of a selection names.
@@ -23,6 +23,8 @@ pub enum Who {
     Pod(String),
     /// `namespace/name`, and a port of it by name or number.
     Service(String, Option<String>),
+    /// Pods with all of these labels, keys and values, on whatever node.
+    Labels(Vec<(String, String)>),
     /// Addresses of the node.
     Node,
     /// Whoever is neither a pod of this node nor the node, nor a Service.
@@ -65,6 +67,12 @@ pub enum SelectionError {
         /// Names like it.
         nearest: Vec<String>,
     },
+    /// Nobody is known to have these labels.
+    #[error(
+        "no pod with the labels {0} is known; the running agent knows labels, and only while there is a NetworkPolicy: \
+         without one it does not watch Pods"
+    )]
+    NoLabels(String),
     /// More addresses than the kernel's table holds.
     #[error("the selection has {0} addresses, more than can be told apart in the kernel; name a pod or a port as well")]
     TooMany(usize),
@@ -126,8 +134,15 @@ impl std::str::FromStr for End {
         if let Some(name) = text.strip_prefix("dev:") {
             return Ok(Self { who: Who::Device(name.to_owned()), port: None, proto: None });
         }
-        if text.starts_with("label:") {
-            return Err(wrong("labels are not known on a node; name a pod, a Service or an address"));
+        if let Some(rest) = text.strip_prefix("label:") {
+            let (labels, port, proto) = cut_port(rest).ok_or_else(|| wrong("a port is `:80` or `:80/tcp`"))?;
+            let pair = |label: &str| {
+                let (key, value) = label.split_once('=').filter(|(key, _)| !key.is_empty())?;
+                Some((key.to_owned(), value.to_owned()))
+            };
+            let labels = labels.split(',').map(pair).collect::<Option<_>>();
+            let labels = labels.ok_or_else(|| wrong("labels are `label:KEY=VALUE`, with `,KEY=VALUE` for more"))?;
+            return Ok(Self { who: Who::Labels(labels), port, proto });
         }
         if let Some((name, port, proto)) = cut_port(text) {
             let who = match name {
@@ -156,7 +171,9 @@ impl std::str::FromStr for End {
         {
             return Ok(net(found, port, proto));
         }
-        Err(wrong("expected pod:NS/NAME, svc:NS/NAME, node, ext, any, dev:NAME, or an address with `/LEN` or `:PORT`"))
+        Err(wrong(
+            "expected pod:NS/NAME, svc:NS/NAME, label:KEY=VALUE, node, ext, any, dev:NAME, or an address with `/LEN` or `:PORT`",
+        ))
     }
 }
 
@@ -316,6 +333,11 @@ impl Side {
                 let backends = names.backends.values().filter(|backend| side.services.contains(&backend.service));
                 side.exact.extend(backends.map(|backend| (backend.address.ip(), backend.address.port())));
             }
+            Who::Labels(labels) => {
+                let text = label_text(labels);
+                let found = names.labelled.get(&text).filter(|found| !found.is_empty());
+                side.exact.extend(found.ok_or(SelectionError::NoLabels(text))?.iter().map(|ip| (*ip, port)));
+            }
             Who::Node => side.exact.extend(names.own.iter().map(|ip| (*ip, port))),
             Who::Net(net) if net.is_host() => {
                 side.exact.insert((net.ip, port));
@@ -341,7 +363,9 @@ impl Side {
                 let frontend = names.frontend(address, proto).is_some_and(|found| self.services.contains(&found));
                 frontend || self.services.contains(&service) && self.exact.contains(&(address.ip(), address.port()))
             }
-            Some(Who::Pod(_) | Who::Node) => self.exact.contains(&(address.ip(), self.port.unwrap_or(0))),
+            Some(Who::Pod(_) | Who::Labels(_) | Who::Node) => {
+                self.exact.contains(&(address.ip(), self.port.unwrap_or(0)))
+            }
         }
     }
 }
@@ -396,6 +420,9 @@ mod tests {
             ("10.1.0.0/24 to 10.96.0.0/16:80/tcp", web, vip, 0, true),
             ("10.1.0.2 to 10.96.0.7:81", web, vip, 0, false),
             ("[fd01::2]:4000", "[fd01::2]:4000", "[fd96::7]:80", 0, true),
+            ("label:app=web", web, vip, 0, true),
+            ("label:app=web to label:app=web,tier=back:8080", web, api, 0, true),
+            ("label:app=web,tier=back", web, vip, 0, false),
             ("any to any:80", web, vip, 0, true),
             ("dev:eth0", web, vip, 0, true),
         ];
@@ -460,7 +487,12 @@ mod tests {
             ("dev:eth9", "no interface eth9 on this node; there is lo, eth0, cni0, veth7, veth8"),
             ("pod:web-0", "`pod:web-0`: a pod is `pod:NAMESPACE/NAME`"),
             ("pod:shop/web-0 svc:shop/api", "`svc:shop/api`: a selection is one side, or two with `to` between them"),
-            ("label:app=web", "`label:app=web`: labels are not known on a node; name a pod, a Service or an address"),
+            (
+                "label:app=db",
+                "no pod with the labels app=db is known; the running agent knows labels, and only while there is a \
+                 NetworkPolicy: without one it does not watch Pods",
+            ),
+            ("label:app", "`label:app`: labels are `label:KEY=VALUE`, with `,KEY=VALUE` for more"),
         ];
         for (text, expected) in cases {
             assert_eq!(select(text).map_err(|error| error.to_string()), Err(expected.to_owned()), "{text}");

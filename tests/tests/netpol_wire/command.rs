@@ -1,5 +1,10 @@
 //! `explain`, `policy list`, `policy lint`, `endpoint list`: from the maps as they are, with and without the agent.
 
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use proxy_tests::tracer::Tracer;
+use proxy_tests::traffic::{Answer, Transport, probe_all};
 use proxy_tests::{Deadline, Family};
 use serde_json::{Value, json};
 
@@ -154,4 +159,35 @@ fn the_way_to_the_node_is_explained_as_it_is() {
             assert_eq!(explain(&stage, 0, ["x/x-a", &other, "22/tcp"]).0, 2, "{args:?} {other}");
         }
     }
+}
+
+#[test]
+fn pods_are_followed_by_their_labels() {
+    let mut stage = Stage::build();
+    let everybody = json!({ "podSelector": {}, "policyTypes": ["Ingress"], "ingress": [{}] });
+    stage.apply("x", "open", &everybody);
+    stage.settle();
+    let asked = |stage: &Stage, from: &str| {
+        let netns = stage.scenario.netns(from).expect("namespace");
+        let target = SocketAddr::new(stage.ip("x-a", Family::V6), 80);
+        let answers = probe_all(&netns, &[(target, Transport::Tcp)], Duration::from_secs(10)).expect("asked");
+        assert!(matches!(answers[0], Answer::From { .. }), "{from}: {answers:?}");
+    };
+    // x-c is on another node, where nobody here could read its name or its labels.
+    let words = ["label:pod=c,proxy-tests.io/kind=server", "to", "label:pod=a:80/tcp", "-c", "1", "-o", "ndjson"];
+    stage.label_pod("x-c", "proxy-tests.io/kind", "server");
+    let mut tracer = None;
+    // The label is on its way to the agent.
+    let follows = || {
+        tracer = Tracer::start(stage.scenario.node(0), &words).ok();
+        tracer.is_some()
+    };
+    Deadline::secs(30).until("the label is known", follows).expect("followed");
+    for from in ["y-b", "y-c", "x-c"] {
+        asked(&stage, from);
+    }
+    let traced = tracer.expect("a trace").finish(Duration::from_secs(40)).expect("an end");
+    assert_eq!(traced.code, Some(0), "{} {}", traced.out, traced.err);
+    let (packet, ends) = (traced.one("pkt"), |side: &str| traced.one("pkt")[side]["name"].clone());
+    assert_eq!((ends("src_ref"), ends("dst_ref")), (json!("x-c"), json!("x-a")), "{packet}");
 }

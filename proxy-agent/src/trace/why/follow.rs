@@ -459,9 +459,15 @@ impl Target {
             let port = port.map(|port| format!(" and dst port {port}")).unwrap_or_default();
             format!("({family} and {name} and dst host {ip}{port}{sends})")
         });
-        let back = self.back.iter().map(|port| format!("({family} and {name} and src port {port}{gets})"));
-        let echoes = self.back.is_empty().then(|| format!("({family} and {name}{gets})"));
-        forth.chain(back).chain(echoes).collect::<Vec<_>>().join(" or ")
+        // Of all that the node is sent, only what its receivers send: they are all named, as it has no address of a pod's.
+        let node = self.to.iter().filter(|_| self.from.is_none()).map(|(ip, port)| {
+            let port = port.map(|port| format!(" and src port {port}")).unwrap_or_default();
+            format!("({family} and {name} and src host {ip}{port})")
+        });
+        let pod = self.from.iter().flat_map(|_| &self.back);
+        let pod = pod.map(|port| format!("({family} and {name} and src port {port}{gets})"));
+        let echoes = (self.from.is_some() && self.back.is_empty()).then(|| format!("({family} and {name}{gets})"));
+        forth.chain(node).chain(pod).chain(echoes).collect::<Vec<_>>().join(" or ")
     }
 
     /// Is it a packet of the sender to the receiver?

@@ -164,7 +164,7 @@ fn places(
             Ok([true, false].into_iter().filter_map(of_family).map(|ip| Place::at(*ip, names)).collect())
         }
         Who::Net(net) if net.is_host() => Ok(vec![Place::at(net.ip, names)]),
-        Who::Net(_) | Who::Device(_) | Who::External | Who::Any | Who::Service(..) => Err(wrong(
+        Who::Net(_) | Who::Labels(_) | Who::Device(_) | Who::External | Who::Any | Who::Service(..) => Err(wrong(
             word,
             "this is no single sender or receiver: name a pod, an address or the node; as receiver also a Service",
         )),
