@@ -99,6 +99,14 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Delta<K, V> {
         self.settled(key) && self.desired.contains_key(key)
     }
 
+    /// The other side holds this row for certain, whatever it says.
+    pub fn held(&self, key: &K) -> bool {
+        match self.open.get(key) {
+            None => self.desired.contains_key(key),
+            Some(values) => values.iter().all(Option::is_some),
+        }
+    }
+
     /// Every value that the other side may hold in this row.
     pub fn possible(&self, key: &K) -> impl Iterator<Item = &V> {
         let open = self.open.get(key);

@@ -245,6 +245,16 @@ impl Reconciler {
         self.phase == Adoption::Done && self.dirty.is_empty() && self.tables.pending_len() == 0
     }
 
+    /// The maps have been read, and the node's interfaces listed: [`Self::is_programmed`] can tell.
+    pub fn knows_links(&self) -> bool {
+        self.phase == Adoption::Done && self.missing().all(|source| source != Source::Links)
+    }
+
+    /// Has this interface its row for certain, and its programs with it? What the row says may be about to change.
+    pub fn is_programmed(&self, ifindex: u32) -> bool {
+        self.tables.devices.held(&ifindex)
+    }
+
     /// How many rows each map is to have.
     pub fn row_counts(&self) -> [(&'static str, usize); 6] {
         use proxy_abi::map;

@@ -16,7 +16,7 @@ use proxy_core::diagnostic::{Diagnostic, Severity};
 use proxy_core::event::{Enforcement, Event, PodLink};
 use proxy_core::local::LocalPods;
 use proxy_core::netpol::engine::{Engine, Limits};
-use proxy_core::netpol::reconcile::{PolicyReconciler, PolicyReport, PolicySettings, Regime};
+use proxy_core::netpol::reconcile::{PolicyReconciler, PolicyReport, PolicySettings, PolicySource, Regime};
 use proxy_core::state::ClusterState;
 use tokio::sync::watch;
 
@@ -86,6 +86,11 @@ impl Policies {
     /// Is it known which slots are in force? Before, no interface may be told that it has none.
     pub(super) const fn known(&self) -> bool {
         self.known
+    }
+
+    /// Are all NetworkPolicies known?
+    pub(super) fn listed(&self) -> bool {
+        self.reconciler.missing().all(|source| source != PolicySource::Policies)
     }
 
     /// What interfaces are to know.

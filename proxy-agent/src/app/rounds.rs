@@ -107,9 +107,10 @@ impl Rounds {
         let mut burst = Vec::with_capacity(BURST);
         self.world.publish(&Facts::default());
         loop {
-            let put_off = self.waiting.then_some(self.not_before);
+            // Where the maps of policy cannot be read, nothing is written before `retry_at`, however much waits.
+            let put_off = (self.waiting && self.policies.known()).then_some(self.not_before);
             let cgroups = self.cgroup_pods.as_ref().and_then(CgroupPods::next);
-            let others = [retry_at, put_off, self.policies.next_finding(), cgroups];
+            let others = [retry_at, put_off, self.policies.next_finding(), cgroups, self.guard.next()];
             let wake = others.into_iter().flatten().fold(next_sweep, Instant::min);
             tokio::select! {
                 count = inbox.recv_many(&mut burst, BURST) => {
@@ -210,16 +211,19 @@ impl Rounds {
         });
     }
 
-    /// Veths that have no programs yet are silent. Those that the maps are not certain to have stay as they were.
+    /// Veths that have no programs yet are silent. An interface that cannot be written keeps no other one waiting.
     fn keep_guard(&mut self) {
         let Some(devices) = &self.guarded else { return };
-        if !self.policies.known() || !self.reconciler.settled() {
+        // Before it is known which interfaces there are, and whether there are policies, what the agent before left stays.
+        if !self.reconciler.knows_links() || !self.policies.enforces() && !self.policies.listed() {
             return;
         }
-        let programmed = self.reconciler.state().links().map(|link| Arc::clone(&link.name)).collect();
+        let links = self.reconciler.state().links().filter(|link| self.reconciler.is_programmed(link.ifindex));
+        let programmed = links.map(|link| Arc::clone(&link.name)).collect();
         let wanted = self.policies.enforces().then(|| Wanted::of(&devices.borrow(), programmed));
-        let Some(kept) = self.guard.keep(wanted) else { return };
-        let findings = kept.err().iter().map(guard::diagnostic).collect();
+        let is_wanted = wanted.is_some();
+        let Some(kept) = self.guard.keep(wanted, Instant::now()) else { return };
+        let findings = kept.err().iter().map(|error| guard::diagnostic(error, is_wanted)).collect();
         self.waiting |= self.reconciler.handle(Event::Diagnostics { object: guard::object(), findings });
     }
 

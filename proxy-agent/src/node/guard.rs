@@ -14,8 +14,9 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use proxy_core::diagnostic::{Diagnostic, Severity};
 
@@ -38,14 +39,31 @@ pub struct Wanted {
     foreign: Option<Arc<str>>,
 }
 
+/// What the kernel has of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+enum Kept {
+    /// Nobody knows: at the start, when an agent before may have left one, and after a failure.
+    #[default]
+    Unknown,
+    /// No table.
+    Nothing,
+    /// The table, as it was wanted.
+    Table(Wanted),
+}
+
 /// The guard of this network namespace.
 #[derive(Debug, Default)]
 pub struct Guard {
-    /// What it was last made for, or was to be made for: `None` = there was to be none.
-    tried: Option<Wanted>,
+    /// [`Kept::Table`] also where it has to give way.
+    kept: Kept,
+    /// What it could not be made, and when that is tried again.
+    failed: Option<(Kept, Instant)>,
     /// Can the kernel name the bridge of a frame? Not known before it was tried.
     names_bridges: Option<bool>,
 }
+
+/// How long after a failure it is tried again, though nothing else is wanted.
+const PAUSE: Duration = Duration::from_secs(2);
 
 /// Why there is no guard.
 #[derive(Debug, thiserror::Error)]
@@ -105,37 +123,55 @@ impl Wanted {
 }
 
 impl Guard {
-    /// Makes it what is wanted; `None` = there is to be none. Gives nothing when that is what was tried last.
-    pub fn keep(&mut self, wanted: Option<Wanted>) -> Option<Result<(), GuardError>> {
-        let wanted = wanted.filter(|wanted| !wanted.bridges.is_empty());
-        if self.tried == wanted {
+    /// Makes it what is wanted; `None` = there is to be none. Gives nothing when it is that already, or when that has failed
+    /// just now.
+    pub fn keep(&mut self, wanted: Option<Wanted>, now: Instant) -> Option<Result<(), GuardError>> {
+        let wanted = wanted.filter(|wanted| !wanted.bridges.is_empty()).map_or(Kept::Nothing, Kept::Table);
+        let has_failed = |(failed, again): &(Kept, Instant)| *failed == wanted && now < *again;
+        if self.kept == wanted || self.failed.as_ref().is_some_and(has_failed) {
             return None;
         }
-        self.tried.clone_from(&wanted);
-        Some(wanted.map_or_else(remove, |wanted| self.make(&wanted)))
+        let made = if let Kept::Table(wanted) = &wanted { self.make(wanted) } else { remove() };
+        // A guard that must give way does so until something else is wanted.
+        let is_certain = matches!(made, Ok(()) | Err(GuardError::Foreign(_)));
+        (self.kept, self.failed) =
+            if is_certain { (wanted, None) } else { (Kept::Unknown, Some((wanted, now + PAUSE))) };
+        Some(made)
+    }
+
+    /// When to call [`Self::keep`] again though nothing has changed.
+    pub fn next(&self) -> Option<Instant> {
+        self.failed.as_ref().map(|(_, again)| *again)
     }
 
     fn make(&mut self, wanted: &Wanted) -> Result<(), GuardError> {
         if self.names_bridges != Some(false) {
-            match nft(&wanted.script(true)) {
-                Err(GuardError::Refused(_)) if self.names_bridges.is_none() => self.names_bridges = Some(false),
-                result => {
-                    self.names_bridges = self.names_bridges.or(result.is_ok().then_some(true));
-                    return result;
+            match nft(&[], &wanted.script(true)) {
+                Ok(()) => {
+                    self.names_bridges = Some(true);
+                    return Ok(());
                 }
+                // A kernel that takes it without the names of bridges lacks just those; what it refuses at all, it refuses
+                // for another reason, which may pass.
+                Err(GuardError::Refused(_))
+                    if self.names_bridges.is_none() && nft(&["--check"], &wanted.script(false)).is_ok() =>
+                {
+                    self.names_bridges = Some(false);
+                }
+                Err(error) => return Err(error),
             }
         }
         if let Some(foreign) = &wanted.foreign {
             remove()?;
             return Err(GuardError::Foreign(Arc::clone(foreign)));
         }
-        nft(&wanted.script(false))
+        nft(&[], &wanted.script(false))
     }
 }
 
 /// Removes the table; what is not there is removed already.
 pub fn remove() -> Result<(), GuardError> {
-    nft(&format!("add table bridge {TABLE}\ndelete table bridge {TABLE}\n"))
+    nft(&[], &format!("add table bridge {TABLE}\ndelete table bridge {TABLE}\n"))
 }
 
 /// Removes the table where there is one; a line that says so.
@@ -144,24 +180,29 @@ pub fn remove() -> Result<(), GuardError> {
 /// Without `nft`, which alone can tell; or what it refused.
 pub fn remove_if_there() -> Result<Option<String>, GuardError> {
     let mut list = Command::new("nft");
-    list.args(["list", "table", "bridge", TABLE]).stdout(Stdio::null()).stderr(Stdio::null());
-    if !list.status()?.success() {
+    // Of all tables of the family, because the error of one that is not there looks like any other.
+    let output = list.args(["list", "tables", "bridge"]).output()?;
+    if !output.status.success() {
+        return Err(refused(&output));
+    }
+    let line = format!("table bridge {TABLE}");
+    if !String::from_utf8_lossy(&output.stdout).lines().any(|found| found.trim() == line) {
         return Ok(None);
     }
     remove()?;
-    Ok(Some(format!("nftables table bridge {TABLE}")))
+    Ok(Some(format!("nftables {line}")))
 }
 
-/// What is to be said about a guard that cannot be.
-pub fn diagnostic(error: &GuardError) -> Diagnostic {
-    Diagnostic {
-        severity: Severity::Warning,
-        object: object(),
-        field: String::new(),
-        problem: error.to_string(),
-        fix: "a pod that starts while the agent is away is not isolated until it is back; see --bridge-guard"
-            .to_owned(),
-    }
+/// What is to be said about a guard that cannot be, or that cannot be taken away (`wanted` is false).
+pub fn diagnostic(error: &GuardError, wanted: bool) -> Diagnostic {
+    let fix = if wanted {
+        "a pod that starts while the agent is away is not isolated until it is back; see --bridge-guard".to_owned()
+    } else {
+        format!(
+            "where `nft list tables bridge` shows {TABLE}, new pods have no network: `nft delete table bridge {TABLE}`"
+        )
+    };
+    Diagnostic { severity: Severity::Warning, object: object(), field: String::new(), problem: error.to_string(), fix }
 }
 
 /// The name under which it is reported.
@@ -169,8 +210,9 @@ pub fn object() -> String {
     "Bridge guard".to_owned()
 }
 
-fn nft(script: &str) -> Result<(), GuardError> {
+fn nft(options: &[&str], script: &str) -> Result<(), GuardError> {
     let mut child = Command::new("nft")
+        .args(options)
         .args(["-f", "-"])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
@@ -180,12 +222,13 @@ fn nft(script: &str) -> Result<(), GuardError> {
         stdin.write_all(script.as_bytes())?;
     }
     let output = child.wait_with_output()?;
-    if output.status.success() {
-        return Ok(());
-    }
+    if output.status.success() { Ok(()) } else { Err(refused(&output)) }
+}
+
+fn refused(output: &Output) -> GuardError {
     let said = String::from_utf8_lossy(&output.stderr);
     let first = said.lines().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
-    Err(GuardError::Refused(first.to_owned()))
+    GuardError::Refused(first.to_owned())
 }
 
 #[cfg(test)]

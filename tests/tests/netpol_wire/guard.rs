@@ -189,6 +189,16 @@ fn a_pod_that_starts_while_the_agent_is_away_is_silent() {
     stage.settle();
     Deadline::secs(20).until("no guard", || !table(&stage).contains(TABLE)).expect("removed");
 
+    // The policy goes while the agent is away: nobody would let new pods in any more.
+    stage.apply("z", "deny", &json!({ "podSelector": {} }));
+    Deadline::secs(20).until("the guard", || table(&stage).contains(TABLE)).expect("made");
+    stage.scenario.agent_mut(0).kill9().expect("killed");
+    stage.delete("z", "deny");
+    assert!(table(&stage).contains(TABLE), "it stays when the agent goes");
+    stage.scenario.agent_mut(0).launch_unchecked().expect("started");
+    stage.scenario.agent_mut(0).wait_healthy().expect("healthy");
+    Deadline::secs(20).until("no guard", || !table(&stage).contains(TABLE)).expect("removed");
+
     // Whoever takes over gives no programs to new pods.
     stage.apply("z", "deny", &json!({ "podSelector": {} }));
     Deadline::secs(20).until("the guard", || table(&stage).contains(TABLE)).expect("made");
