@@ -7,7 +7,7 @@ use proxy_abi::policy::{
     Bits, BitsKey, BlockEntry, CellEntry, CellWord, HitsEntry, PodDigest, PodHits, PortPage, SetEntry, SlotWord,
     map as name,
 };
-use proxy_abi::{IpBytes, PrefixKey};
+use proxy_abi::{DeviceEntry, IpBytes, PrefixKey};
 use proxy_core::netpol::dataplane::PolicyDataplane;
 use proxy_core::netpol::engine::Limits;
 use proxy_core::netpol::tables::{Op, PolicyTables, Start};
@@ -186,6 +186,12 @@ impl PolicyDataplane for Bpf {
 
     fn load_policy(&mut self) -> Result<PolicyTables, Error> {
         self.maps().policy.tables()
+    }
+
+    fn enforced(&mut self) -> Result<bool, Error> {
+        let other = DeviceEntry::NETDEV | DeviceEntry::PLAIN | DeviceEntry::AUDITED;
+        let rows = self.maps().device.read()?;
+        Ok(rows.iter().any(|(_, entry)| entry.flags & other == 0 && entry.slot != 0))
     }
 
     fn apply_policy(&mut self, op: &Op) -> Result<(), Error> {

@@ -10,6 +10,10 @@ pub trait PolicyDataplane {
     /// Reads everything back. Called once after the start, and when it is not certain what the maps hold.
     fn load_policy(&mut self) -> Result<PolicyTables, Self::Error>;
 
+    /// Does the row of some pod's interface say that policies are enforced: that the pod is isolated, or held? Asked at the
+    /// start, of what the agent before has written.
+    fn enforced(&mut self) -> Result<bool, Self::Error>;
+
     /// Does one operation. It may be one that was done before; deleting the absent succeeds. After an error the row is
     /// taken to be old or new, either.
     fn apply_policy(&mut self, op: &Op) -> Result<(), Self::Error>;

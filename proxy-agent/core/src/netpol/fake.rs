@@ -22,6 +22,8 @@ pub struct FakePolicyMaps {
     pub loads: u64,
     /// The next reading fails.
     pub fail_load: bool,
+    /// What rows of interfaces say; they are not among these maps.
+    pub enforced: bool,
     fault: Fault,
 }
 
@@ -58,7 +60,7 @@ impl FakePolicyMaps {
 
     /// With content, however broken.
     pub fn with_tables(limits: Limits, tables: PolicyTables) -> Self {
-        Self { tables, limits, asked: 0, loads: 0, fail_load: false, fault: Box::new(|_, _| None) }
+        Self { tables, limits, asked: 0, loads: 0, fail_load: false, enforced: false, fault: Box::new(|_, _| None) }
     }
 
     /// What they hold.
@@ -243,6 +245,10 @@ impl PolicyDataplane for FakePolicyMaps {
             return Err(FakePolicyError::InjectedLoad);
         }
         Ok(self.tables.clone())
+    }
+
+    fn enforced(&mut self) -> Result<bool, FakePolicyError> {
+        Ok(self.enforced)
     }
 
     fn apply_policy(&mut self, op: &Op) -> Result<(), FakePolicyError> {

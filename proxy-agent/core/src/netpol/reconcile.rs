@@ -236,8 +236,8 @@ impl PolicyReconciler {
     fn advance<D: PolicyDataplane>(&mut self, dataplane: &mut D, now: u64, report: &mut PolicyReport<D::Error>) {
         self.retry_at = None;
         if self.knowledge == Knowledge::None {
-            match dataplane.load_policy() {
-                Ok(tables) => self.adopt(tables),
+            match dataplane.load_policy().and_then(|tables| Ok((tables, dataplane.enforced()?))) {
+                Ok((tables, enforced)) => self.adopt(tables, enforced),
                 Err(error) => {
                     report.load_error = Some(error);
                     self.put_off(now);
@@ -300,7 +300,7 @@ impl PolicyReconciler {
         }
     }
 
-    fn adopt(&mut self, tables: PolicyTables) {
+    fn adopt(&mut self, tables: PolicyTables, enforced: bool) {
         if !self.begun {
             let counts = |slot: &u16| {
                 let word = tables.slots.get(&SlotWord::index(*slot, tables.epoch));
@@ -308,7 +308,13 @@ impl PolicyReconciler {
             };
             let slots = tables.pods.iter().filter_map(|(slot, pod)| Some((*pod, u16::try_from(*slot).ok()?)));
             let found: BTreeMap<_, _> = slots.filter(|(_, slot)| counts(slot)).collect();
-            let regime = if found.is_empty() { Regime::Off } else { held(&tables) };
+            // A policy that is enforced may be about pods of other nodes alone: the blocks of this one do not show it then,
+            // its interfaces do.
+            let regime = match (enforced, found.is_empty()) {
+                (true, _) => Regime::Enforced,
+                (false, true) => Regime::Off,
+                (false, false) => held(&tables),
+            };
             self.realised = Realised { regime, found, epoch: tables.epoch, ..Realised::default() };
         }
         self.engine.adopt(tables);

@@ -255,10 +255,21 @@ fn policies_that_are_all_audited_enforce_nothing() {
     stage.restart();
     stage.sync();
     assert_eq!((regime(&stage), [stage.slot("a"), stage.slot("b")]), (Regime::Audited, slots));
-    stage.handle(objects);
+    stage.handle(objects.clone());
     stage.list_all();
     assert_eq!((stage.settle(), regime(&stage)), (0, Regime::Audited));
-    // One that is enforced, of somebody else: everything counts.
+    // One that is enforced, of pods that are not here: it counts, though no block of this node shows it, also after a restart.
+    stage.handle([isolate("elsewhere", &[])]);
+    stage.settle();
+    assert_eq!(regime(&stage), Regime::Enforced);
+    stage.restart();
+    stage.sync();
+    assert_eq!((regime(&stage), [stage.slot("a"), stage.slot("b")]), (Regime::Enforced, slots));
+    stage.handle(objects.clone());
+    stage.list_all();
+    stage.settle();
+    assert_eq!(regime(&stage), Regime::Audited);
+    // One that is enforced, of somebody here.
     stage.handle([isolate("b", &[])]);
     stage.settle();
     assert_eq!(regime(&stage), Regime::Enforced);

@@ -60,7 +60,10 @@ impl Stage {
     }
 
     pub(crate) fn sync(&mut self) -> Report {
-        self.reconciler.sync(&mut self.maps, self.now)
+        let report = self.reconciler.sync(&mut self.maps, self.now);
+        // As interfaces are told.
+        self.maps.enforced = self.reconciler.enforces();
+        report
     }
 
     /// Until nothing is left, waiting out every pause. The maps refuse what a packet must not meet.

@@ -200,6 +200,10 @@ impl PolicyDataplane for Timed<'_> {
         self.maps.load_policy()
     }
 
+    fn enforced(&mut self) -> Result<bool, Self::Error> {
+        self.maps.enforced()
+    }
+
     fn apply_policy(&mut self, op: &Op) -> Result<(), Self::Error> {
         let begin = Instant::now();
         let result = self.maps.apply_policy(op);
