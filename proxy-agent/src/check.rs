@@ -68,7 +68,9 @@ pub fn report(pin_root: &Path, cgroup: Option<&Path>) -> Vec<Finding> {
             "this kernel has no tcx (Linux 6.6): programs are attached as clsact filters".to_owned(),
             "",
         ),
-        Err(error) => say(Level::Problem, "tcx", full(&error), "run as root, or add CAP_BPF and CAP_NET_ADMIN"),
+        Err(error) => {
+            say(Level::Problem, "tcx", full(&error), "run as root, or add CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN");
+        }
     }
     let trial = pin_root.with_file_name(format!("proxy-agent-check-{}", std::process::id()));
     let config = dataplane::Config {

@@ -57,7 +57,9 @@ pub enum Error {
         path: PathBuf,
     },
     /// The process may not do that.
-    #[error("{operation}: not permitted; run as root, or with CAP_BPF and CAP_NET_ADMIN and a --pin-root of one's own")]
+    #[error(
+        "{operation}: not permitted; run as root, or with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN and a --pin-root of one's own"
+    )]
     Denied {
         /// What was tried.
         operation: String,
@@ -267,8 +269,9 @@ impl Bpf {
         for upgrade in &mut upgrades {
             upgrade.carry(&ebpf, &pins)?;
         }
-        if let Some(cgroup) = &config.cgroup {
-            attach::attach_cgroup(&ebpf, &pins, cgroup)?;
+        match &config.cgroup {
+            Some(cgroup) => attach::attach_cgroup(&ebpf, &pins, cgroup)?,
+            None => attach::detach_cgroup(&pins)?,
         }
         let maps = pins.open()?;
         maps.tell_sizes(config);

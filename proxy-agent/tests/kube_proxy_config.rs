@@ -118,7 +118,7 @@ fn fields_that_are_honoured() {
 
 #[test]
 fn fields_that_are_ignored_with_one_warning_each() {
-    let rows: [(&str, &[&str]); 25] = [
+    let rows: [(&str, &[&str]); 27] = [
         ("mode: iptables", &["mode"]),
         ("mode: ipvs", &["mode"]),
         ("bindAddress: 10.0.0.1", &["bindAddress"]),
@@ -136,6 +136,11 @@ fn fields_that_are_ignored_with_one_warning_each() {
         ("windowsRunAsService: true", &["windowsRunAsService"]),
         ("configSyncPeriod: 15m0s", &[]),
         ("configSyncPeriod: 1m0s", &["configSyncPeriod"]),
+        (
+            "conntrack: {udpTimeout: 500ms, udpStreamTimeout: 1s}",
+            &["conntrack.udpTimeout", "conntrack.udpStreamTimeout"],
+        ),
+        ("conntrack: {udpTimeout: 2s, udpStreamTimeout: 0s}", &[]),
         ("portRange: 30000-32767", &["portRange"]),
         ("showHiddenMetricsForVersion: \"1.30\"", &["showHiddenMetricsForVersion"]),
         ("enableProfiling: true", &["enableProfiling"]),

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context as _, Result, ensure};
 use proxy_abi::flow::state;
 use proxy_abi::{DeviceEntry, FlowEntry, Hook, Proto, Reason, Tuple};
+use proxy_agent::dataplane::sweep::{Timeouts, monotonic, sweep};
 use proxy_ebpf::conntrack::UdpIdle;
 use proxy_ebpf::packet::{V4, V6, parse};
 use proxy_tests::bpf::talk::{TALKS, Talk, changed, converse, passes, reset_of};
@@ -489,6 +490,32 @@ fn one_pod_takes_no_more_than_its_share() -> Result<()> {
         bench.feed(Hook::FromPod, &POD_ONE, &segment(1000, tcp_flag::RST))?;
         assert_eq!(counted(&POD_ONE)?, Some(9));
         assert_eq!(open(&POD_ONE, 1010)?, [(Hook::FromPod, Reason::ServiceNew)]);
+
+        // Connections to the backend itself are counted apart: those beyond the share can be evicted, and none is refused.
+        for client in 2000..2015 {
+            let (there, back) = ((&POD_THREE, client), (&POD_TWO, TARGET));
+            for (pod, from, to, flags) in
+                [(POD_THREE, there, back, SYN), (POD_TWO, back, there, SYN_ACK), (POD_THREE, there, back, ACK)]
+            {
+                let got = bench.feed(Hook::FromPod, &pod, &tcp.frame(from, to, flags).build())?;
+                assert!(
+                    got.counts.keys().all(|(_, reason)| matches!(reason, Reason::DirectNew | Reason::Direct)),
+                    "{got:?}"
+                );
+            }
+        }
+        let direct = bench.ifindex(&POD_THREE) | FlowEntry::DIRECT_OF;
+        let pod_flows = &bench.bpf().maps().pod_flows;
+        assert_eq!((counted(&POD_THREE)?, pod_flows.get(&direct)?), (None, Some(10)));
+        let live = |bench: &Bench| {
+            let all = bench.flows()?.into_iter().filter(|(_, entry, _)| entry.live);
+            Ok::<_, anyhow::Error>(all.filter(|(_, _, flow)| !flow.is_translated()).count())
+        };
+        assert_eq!(live(bench)?, 10);
+        assert_eq!(open(&POD_THREE, 1011)?, [(Hook::FromPod, Reason::ServiceNew)]);
+        // The agent's count is the same.
+        sweep(bench.bpf().maps(), &Timeouts::default(), monotonic())?;
+        assert_eq!((counted(&POD_ONE)?, counted(&POD_THREE)?, pod_flows.get(&direct)?), (Some(9), None, Some(10)));
         Ok(())
     })?
 }

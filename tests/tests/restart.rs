@@ -2,10 +2,15 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use proxy_agent::check::find_cgroup2;
+use proxy_agent::dataplane::sysbpf;
 use proxy_tests::agent::run_refused;
 use proxy_tests::cluster::{ClusterSpec, Links, NodeSpec};
 use proxy_tests::scenario::footprint::{Footprint, link_exists, link_ids, pins};
@@ -266,6 +271,48 @@ fn a_change_of_attach_leaves_one_set_of_programs() {
         ping_all(std::slice::from_mut(&mut flow), 3 * SECOND).check(mode).expect("the flow lives");
         ask_all(&scenario);
     }
+}
+
+/// A cgroup that goes with its scope.
+struct Cgroup(PathBuf);
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // It is empty, and links on it do not keep it.
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn a_change_of_cgroup_leaves_one_set_of_programs() {
+    let mut scenario = matrix::scenario(PLAIN, &[]).expect("scenario");
+    let root = find_cgroup2().expect("cgroup v2");
+    let own = Cgroup(root.join(format!("{}-cgroup", scenario.node(0).netns().name())));
+    fs::create_dir(&own.0).expect("a cgroup");
+    let pins = scenario.agent(0).pin_root().to_owned();
+    // Of each pinned link to a cgroup: which.
+    let attached = || {
+        let links = link_ids(&pins).expect("links");
+        let info = |pin: &String| {
+            let link = sysbpf::obj_get(pin.as_ref()).expect("a link");
+            sysbpf::link_info(link.as_fd()).expect("a link").cgroup
+        };
+        links.keys().map(info).filter(|cgroup| *cgroup != 0).collect::<Vec<_>>()
+    };
+    let id = |path: &Path| path.metadata().expect("a folder").ino();
+    let (everywhere, here) = (vec![id(&root); 8], vec![id(&own.0); 8]);
+    assert_eq!(attached(), everywhere);
+    for (cgroup, expected) in [
+        (own.0.display().to_string(), &here),
+        ("none".to_owned(), &vec![]),
+        (own.0.display().to_string(), &here),
+        ("auto".to_owned(), &everywhere),
+    ] {
+        scenario.agent_mut(0).options_mut().args = vec!["--cgroup".to_owned(), cgroup.clone()];
+        scenario.agent_mut(0).restart().expect("healthy");
+        assert_eq!(attached(), *expected, "--cgroup {cgroup}");
+    }
+    ask_all(&scenario);
 }
 
 #[test]

@@ -11,6 +11,7 @@
 
 use std::fs;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use aya::Ebpf;
@@ -244,17 +245,27 @@ fn detach_clsact(pins: &Pins, ifindex: u32) -> Result<(), Error> {
     pins.remove_link(&mark)
 }
 
-/// Attaches the socket programs to a cgroup, or swaps those that are there.
+/// Detaches the socket programs from whatever cgroup they are on.
+pub fn detach_cgroup(pins: &Pins) -> Result<(), Error> {
+    for pin in pins.list_links()?.iter().filter(|pin| matches!(pin, LinkPin::Cgroup(_))) {
+        pins.remove_link(pin)?;
+    }
+    Ok(())
+}
+
+/// Attaches the socket programs to a cgroup, or swaps those that are there. Those on another cgroup go.
 pub fn attach_cgroup(ebpf: &Ebpf, pins: &Pins, cgroup: &Path) -> Result<(), Error> {
-    let directory = fs::File::open(cgroup).map_err(|source| Error::Attach {
-        program: "connect4",
-        target: cgroup.display().to_string(),
-        source,
-    })?;
+    let opened = |source| Error::Attach { program: "connect4", target: cgroup.display().to_string(), source };
+    let directory = fs::File::open(cgroup).map_err(opened)?;
+    let id = directory.metadata().map_err(opened)?.ino();
     for (program, attach_type) in CGROUP_PROGRAMS {
         let found = ebpf.program(program).ok_or(Error::NoProgram { program })?;
         let fd = found.fd().map_err(|source| Error::Program { program, source })?;
         let pin = LinkPin::Cgroup(program.to_owned());
+        let known = sysbpf::obj_get(&pins.link(&pin)).and_then(|link| sysbpf::link_info(link.as_fd()));
+        if known.is_ok_and(|link| link.cgroup != id) {
+            pins.remove_link(&pin)?;
+        }
         if swap(pins, &pin, fd.as_fd())? {
             continue;
         }

@@ -3,7 +3,7 @@
 //! ```text
 //!   /sys/fs/bpf/proxy-agent/       --pin-root
 //!     v2/                          version of all layouts: two versions never share a map
-//!       maps/frontend, …           one for each of `proxy_abi::map::ALL`
+//!       maps/frontend, …           one for each of [`LAYOUTS`]
 //!       maps/layout                what they look like, field by field, for an agent of another version
 //!       links/from_pod_7           tcx link of interface 7: the kernel keeps forwarding while the agent is away
 //!       links/to_pod_7

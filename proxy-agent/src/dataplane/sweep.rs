@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use proxy_abi::FlowEntry;
 use proxy_abi::flow::state;
-use proxy_ebpf::conntrack::UdpIdle;
+use proxy_ebpf::conntrack::{SECOND, UdpIdle};
 
 use super::Error;
 use super::pins::Maps;
@@ -40,10 +40,13 @@ impl Default for Timeouts {
 }
 
 impl Timeouts {
-    /// What the programs are to know: they forget by themselves what is not TCP.
+    /// What the programs are to know: they forget by themselves what is not TCP. In whole seconds, and at least
+    /// [`UdpIdle::LEAST`].
     pub fn udp_idle(&self) -> UdpIdle {
-        let [unreplied, assured] =
-            [self.udp, self.udp_stream].map(|time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        let [unreplied, assured] = [self.udp, self.udp_stream].map(|time| {
+            let seconds = u64::try_from(time.as_nanos().div_ceil(u128::from(SECOND))).unwrap_or(u64::MAX);
+            seconds.saturating_mul(SECOND).max(UdpIdle::LEAST)
+        });
         UdpIdle { unreplied, assured }
     }
 
@@ -78,8 +81,8 @@ pub fn sweep(maps: &Maps, timeouts: &Timeouts, now: u64) -> Result<(usize, usize
             && flows.delete(key)?
         {
             removed += 1;
-        } else if entry.flags & FlowEntry::KEY_ORIGINAL != 0 && entry.initiator_ifindex != 0 {
-            *counts.entry(entry.initiator_ifindex).or_default() += 1;
+        } else if let Some(pod) = entry.charged_to() {
+            *counts.entry(pod).or_default() += 1;
         }
     }
     for (pod, count) in counts {
@@ -95,6 +98,16 @@ pub fn sweep(maps: &Maps, timeouts: &Timeouts, now: u64) -> Result<(usize, usize
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_programs_forget_is_in_whole_seconds() {
+        let idle = |udp, udp_stream| Timeouts { udp, udp_stream, ..Timeouts::default() }.udp_idle();
+        assert_eq!(Timeouts::default().udp_idle(), UdpIdle::DEFAULT);
+        let (short, long) = (Duration::from_millis(500), Duration::from_millis(2500));
+        assert_eq!(idle(short, long), UdpIdle { unreplied: 2 * SECOND, assured: 3 * SECOND });
+        let ever = idle(Duration::MAX, Duration::from_secs(1));
+        assert_eq!(ever, UdpIdle { unreplied: u64::MAX, assured: 2 * SECOND });
+    }
 
     #[test]
     fn idle_time_counts_by_state() {

@@ -156,11 +156,14 @@ pub struct LinkInfo {
     pub program: u32,
     /// Interface of a tcx link; 0 when it is gone, or for other links.
     pub ifindex: u32,
+    /// Id of the cgroup of a cgroup link, which is its folder's inode number; 0 for other links.
+    pub cgroup: u64,
 }
 
 /// Describes a link.
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
-    /// `struct bpf_link_info`: type, id, program, then a union whose tcx member begins with the interface index.
+    /// `struct bpf_link_info`: type, id, program, then a union whose tcx member begins with the interface index, and whose
+    /// cgroup member with the cgroup's id, eight bytes of the same place.
     #[repr(C)]
     #[derive(Default)]
     struct Info {
@@ -177,8 +180,15 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut attr = InfoAttr { fd: raw(link), len, info: address_mut(&mut info) };
     // SAFETY: `info` is as long as said and lives until the call returns.
     unsafe { bpf(command::OBJ_GET_INFO_BY_FD, &mut attr) }?;
-    // BPF_LINK_TYPE_TCX.
-    Ok(LinkInfo { program: info.program, ifindex: if info.kind == 11 { info.ifindex } else { 0 } })
+    let place = u64::from_ne_bytes(
+        [info.ifindex.to_ne_bytes(), info.attach_type.to_ne_bytes()].concat().try_into().unwrap_or_default(),
+    );
+    // enum bpf_link_type: BPF_LINK_TYPE_TCX, BPF_LINK_TYPE_CGROUP.
+    Ok(LinkInfo {
+        program: info.program,
+        ifindex: if info.kind == 11 { info.ifindex } else { 0 },
+        cgroup: if info.kind == 3 { place } else { 0 },
+    })
 }
 
 /// Ids of the programs that are attached to an interface with tcx, in their order. `EINVAL`: this kernel has no tcx.

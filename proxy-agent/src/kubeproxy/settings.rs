@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use proxy_core::policy::{DetectLocal, ExternalIps, Policy};
+use proxy_ebpf::conntrack::UdpIdle;
 
 use super::config::{API_VERSION, ConfigError, ConfigFile, KIND, KubeProxyConfiguration, Place};
 use super::flags::Flags;
@@ -284,6 +285,8 @@ fn ignored(config: &KubeProxyConfiguration) -> Vec<Ignored> {
     };
     let known = [EXTERNAL_IPS_GATE];
     let gates = config.feature_gates.iter().flatten().any(|(name, _)| !known.contains(&name.as_str()));
+    let short = |value: Option<Span>| given(value).is_some_and(|time| time < Duration::from_nanos(UdpIdle::LEAST));
+    let seldom = "a flow's last packet is noted once a second: less than 2s counts as 2s";
     let nftables = config.mode == Some(Mode::Nftables);
     let other = "only the section of `mode` counts, as by kube-proxy (iptables when there is none)";
     let ipvs = "there is no IPVS here";
@@ -320,6 +323,8 @@ fn ignored(config: &KubeProxyConfiguration) -> Vec<Ignored> {
             config.detect_local_mode == Some(LocalMode::ClusterCidr) && config.cluster_cidr.is_none(),
             "there is no clusterCIDR to tell pods by; they are known by their interfaces",
         ),
+        ("conntrack.udpTimeout", short(config.conntrack.udp_timeout), seldom),
+        ("conntrack.udpStreamTimeout", short(config.conntrack.udp_stream_timeout), seldom),
         ("detectLocal.bridgeInterface", text(&config.detect_local.bridge_interface, ""), local),
         ("detectLocal.interfaceNamePrefix", text(&config.detect_local.interface_name_prefix, ""), local),
         ("iptables.masqueradeBit", bit(config.iptables.masquerade_bit), "packets are not marked"),

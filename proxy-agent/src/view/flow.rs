@@ -205,8 +205,10 @@ pub fn flush(pin_root: &Path, format: Format, filter: &FlowFilter, all: bool) ->
             let (live, brief) = (maps.flow_live.delete(key)?, maps.flow_brief.delete(key)?);
             entries += usize::from(live) + usize::from(brief);
         }
-        if *table == "live" && entry.initiator_ifindex != 0 {
-            *ended.entry(entry.initiator_ifindex).or_default() += 1;
+        if *table == "live"
+            && let Some(pod) = entry.charged_to()
+        {
+            *ended.entry(pod).or_default() += 1;
         }
     }
     // What a pod may have open is counted anew each minute; until then it is not to be refused for what is gone.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use proxy_abi::{DeviceEntry, Hook, Reason};
+use proxy_abi::{DeviceEntry, FlowEntry, Hook, Reason};
 use serde_json::{Value, json};
 
 use super::{Format, VERSION, print, write};
@@ -98,7 +98,8 @@ fn limited(maps: &Maps, quota: u32) -> Result<Vec<Limited>> {
     }
     let mut pods: Vec<Limited> = Vec::new();
     for (ifindex, flows) in maps.pod_flows.read()? {
-        if flows >= quota.into() {
+        // Direct flows beyond it are not refused.
+        if flows >= quota.into() && ifindex & FlowEntry::DIRECT_OF == 0 {
             let interface = nix::net::if_::if_indextoname(ifindex).ok().map(|n| n.to_string_lossy().into_owned());
             pods.push(Limited { ifindex, interface, flows });
         }

@@ -269,6 +269,8 @@ impl FlowEntry {
     pub const HAIRPIN: u16 = 16;
     /// `flow_live` had no room when the flow was established; tried again once a second.
     pub const NOT_PROMOTED: u16 = 32;
+    /// Marks a key of `pod_flows`, which is an interface index else: it counts the direct flows of that pod.
+    pub const DIRECT_OF: u32 = 1 << 31;
     /// The key of the original tuple is on [`FlowKey::SIDE_INITIATOR`].
     pub const INITIATOR_SIDE: u16 = 64;
     /// The initiator is not a pod of this node: with `REDIRECT`, its packets leave by the interface that the route to it
@@ -308,6 +310,16 @@ impl FlowEntry {
     pub const fn is_translated(&self) -> bool {
         // A direct flow's entry is under both keys at once, because they are one.
         self.flags & (Self::KEY_ORIGINAL | Self::KEY_TRANSLATED) != Self::KEY_ORIGINAL | Self::KEY_TRANSLATED
+    }
+
+    /// Under which key of `pod_flows` this entry is counted: flows through Services, and direct ones, of the pod that began
+    /// them. `None` = not at all, because no pod did, or the flow's other entry is.
+    #[inline(always)]
+    pub const fn charged_to(&self) -> Option<u32> {
+        if self.flags & Self::KEY_ORIGINAL == 0 || self.initiator_ifindex == 0 {
+            return None;
+        }
+        Some(if self.is_translated() { self.initiator_ifindex } else { self.initiator_ifindex | Self::DIRECT_OF })
     }
 }
 

@@ -16,7 +16,8 @@
 //!   pod_socket      LRU_HASH   SocketKey   32   SocketEntry      32  socket programs: sockets of pods
 //!   counter         PERCPU_ARRAY index      4   CounterEntry     16  programs: hook × reason
 //!   prefix          LPM_TRIE   PrefixKey   24   u32               4  agent: service ranges, sources; the value is 1
-//!   pod_flows       HASH       ifindex      4   u64               8  programs: flows in flow_live; agent: recounted
+//!   pod_flows       HASH       ifindex      4   u64               8  programs: flows in flow_live; agent: recounted. With
+//!                                                                    [`FlowEntry::DIRECT_OF`]: direct ones
 //!   affinity        LRU_HASH   AffinityKey 24   AffinityEntry    16  programs
 //!   work            PERCPU_ARRAY 0          4   Work            432  programs: scratch, not pinned
 //!   policy_...      twelve maps, drawn in [`policy`]                     agent; programs count
@@ -189,35 +190,6 @@ pub mod map {
     pub const POD_FLOWS: &str = "pod_flows";
     /// The layouts of all others.
     pub const LAYOUT: &str = "layout";
-    /// All that the programs have.
-    pub const ALL: [&str; 26] = [
-        SERVICE,
-        BACKEND,
-        BACKEND_SLOT,
-        FRONTEND,
-        DEVICE,
-        LOCAL_POD,
-        FLOW_LIVE,
-        FLOW_BRIEF,
-        FRAGMENT,
-        SOCKET,
-        COUNTER,
-        PREFIX,
-        AFFINITY,
-        POD_FLOWS,
-        CGROUP_POD,
-        POD_SOCKET,
-        crate::policy::map::EPOCH,
-        crate::policy::map::SLOT,
-        crate::policy::map::POD,
-        crate::policy::map::BLOCK,
-        crate::policy::map::SET,
-        crate::policy::map::IP,
-        crate::policy::map::PREFIX,
-        crate::policy::map::PAGE,
-        crate::policy::map::CELL,
-        crate::policy::map::BITS,
-    ];
 }
 
 /// Default capacities, in entries. Idle, all maps with these take about 31 MiB: computed from 35.2 MiB measured with

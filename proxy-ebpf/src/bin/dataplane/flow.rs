@@ -144,7 +144,7 @@ extern "C" fn flow_twin(proto_family: u32, moves: u32) -> u32 {
     }
     if moves == IN_LIVE {
         if FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)).is_ok() {
-            charge(&work.entry, 1);
+            charge(&mut work.entry, 1);
         }
     } else {
         let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(mode));
@@ -174,8 +174,15 @@ extern "C" fn flow_transfer(proto_family: u32, moves: u32, hook: u32) -> u32 {
     let Some(work) = own_work() else { return 0 };
     own_key(work, proto_family as u16);
     if moves == PROMOTE {
+        // A direct flow needs no entry to go on: beyond the pod's share it stays where it can be evicted.
+        if has_share(&mut work.entry) == 0 {
+            work.entry.flags |= FlowEntry::NOT_PROMOTED;
+            let _ = FLOW_BRIEF.insert(&work.key, &work.entry, u64::from(BPF_ANY));
+            work.entry.flags &= !FlowEntry::NOT_PROMOTED;
+            return 0;
+        }
         if FLOW_LIVE.insert(&work.key, &work.entry, u64::from(BPF_NOEXIST)).is_ok() {
-            charge(&work.entry, 1);
+            charge(&mut work.entry, 1);
             return 0;
         }
         // Another CPU promotes it with the packet before or after, and has counted it; or there is no room.
@@ -202,7 +209,7 @@ extern "C" fn flow_transfer(proto_family: u32, moves: u32, hook: u32) -> u32 {
         }
     }
     if FLOW_LIVE.remove(&work.key).is_ok() {
-        charge(&work.entry, LESS);
+        charge(&mut work.entry, LESS);
     }
     0
 }
@@ -214,25 +221,47 @@ const LESS: u64 = u64::MAX;
 /// row that is made there and every one that is removed. Without a lock, so it drifts when two CPUs count at once: the
 /// agent counts anew every minute.
 #[inline(always)]
-fn charge(entry: &FlowEntry, change: u64) {
-    if entry.flags & FlowEntry::KEY_ORIGINAL == 0 || entry.initiator_ifindex == 0 {
+fn charge(entry: &mut FlowEntry, change: u64) {
+    if entry.charged_to().is_none() {
         return;
     }
+    swap_charged(entry);
     if let Some(count) = POD_FLOWS.get_ptr_mut(&entry.initiator_ifindex) {
         // SAFETY: a pointer into a map that was just found. An addition of another CPU in between is lost.
         unsafe { *count = (*count).wrapping_add(change) };
     } else if change == 1 {
         let _ = POD_FLOWS.insert(&entry.initiator_ifindex, &1, u64::from(BPF_NOEXIST));
     }
+    swap_charged(entry);
 }
 
-/// Has a pod begun as many established flows as one pod may? A sum that has drifted below zero is no
-/// multitude.
+/// Makes the entry's interface index the key under which it is counted, and back: the stack has no room for another key.
 #[inline(always)]
-pub(crate) fn is_over_quota(ifindex: u32) -> bool {
+fn swap_charged(entry: &mut FlowEntry) {
+    if !entry.is_translated() {
+        entry.initiator_ifindex ^= FlowEntry::DIRECT_OF;
+    }
+}
+
+/// May this flow be where nothing is evicted? Any but a direct one of a pod that has its share of those there.
+#[inline(always)]
+fn has_share(entry: &mut FlowEntry) -> u32 {
+    if entry.is_translated() || entry.charged_to().is_none() {
+        return 1;
+    }
+    swap_charged(entry);
+    let over = is_over_quota(&entry.initiator_ifindex);
+    swap_charged(entry);
+    u32::from(!over)
+}
+
+/// Has a pod begun as many established flows as one pod may? `pod` is a key of `pod_flows`. A sum that has drifted below
+/// zero is no multitude.
+#[inline(always)]
+pub(crate) fn is_over_quota(pod: &u32) -> bool {
     let quota = POD_QUOTA.load();
     // SAFETY: a pointer into a map that was just found.
-    quota != 0 && POD_FLOWS.get_ptr(&ifindex).is_some_and(|count| unsafe { *count }.cast_signed() >= i64::from(quota))
+    quota != 0 && POD_FLOWS.get_ptr(pod).is_some_and(|count| unsafe { *count }.cast_signed() >= i64::from(quota))
 }
 
 /// Takes a flow whose initiator begins anew out of both tables, under both keys. What is known of the masqueraded port of
@@ -278,7 +307,7 @@ extern "C" fn flow_remove(proto_family: u32) -> u32 {
     let Some(work) = own_work() else { return 0 };
     own_key(work, proto_family as u16);
     if is_same(FLOW_LIVE.get_ptr(&work.key), &work.entry) && FLOW_LIVE.remove(&work.key).is_ok() {
-        charge(&work.entry, LESS);
+        charge(&mut work.entry, LESS);
     }
     if is_same(FLOW_BRIEF.get_ptr(&work.key), &work.entry) {
         let _ = FLOW_BRIEF.remove(&work.key);

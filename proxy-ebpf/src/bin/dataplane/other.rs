@@ -102,7 +102,9 @@ pub(crate) fn packet<F: Family>(skb: Skb, device: *const DeviceEntry, hook: Hook
     let leaves = matches!(hook, Hook::FromPod);
     let Some(work) = WORK.get_ptr_mut(0) else { return Reason::PolicyUnready as u32 };
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
-    unsafe { (*work).rule = 0 };
+    let plan = unsafe { &mut *work };
+    // What the packet before was for is none of this one's.
+    (plan.service, plan.backend, plan.rule) = (0, 0, 0);
     let read = if F::HEADER_CHECKSUM.is_some() {
         other_v4(skb.0, device, u32::from(leaves))
     } else {
@@ -301,6 +303,8 @@ extern "C" fn other_touch(answers: u32) -> u32 {
 #[inline(always)]
 pub(crate) fn portless(skb: Skb, work: *mut Work, slot: u16, src: &IpBytes, proto: Proto) -> u32 {
     // SAFETY: this CPU's entry of the map `work`, which nobody else uses now.
-    copy(unsafe { &mut (*work).peer }, src);
+    let plan = unsafe { &mut *work };
+    (plan.service, plan.backend) = (0, 0);
+    copy(&mut plan.peer, src);
     policy::single(skb, work, slot, Hook::ToPod, proto)
 }

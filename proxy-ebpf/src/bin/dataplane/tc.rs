@@ -155,7 +155,7 @@ fn packet<F: Family>(skb: Skb, hook: Hook) -> Outcome {
             let found = ask(&parsed, netdev, plan);
             frontend = found.0;
             (next, reason) = (forget(found.1), if gone { reason } else { forget(found.2) });
-            if next == step::OPEN_SERVICE && !netdev && parsed.proto == Proto::TCP && flow::is_over_quota(ifindex) {
+            if next == step::OPEN_SERVICE && !netdev && parsed.proto == Proto::TCP && flow::is_over_quota(&ifindex) {
                 (next, reason) = (step::REFUSE, Reason::PodQuota as u32);
             }
             meta |= if plan.frontend_flags & FrontendEntry::MASQUERADE != 0 { Meta::MASQUERADE } else { 0 };

@@ -61,7 +61,7 @@ fn is_wanted() -> bool {
 
 /// Does a packet with this reason come so far that the plan in `work` is its own?
 const fn has_plan(reason: u32) -> bool {
-    const WITHOUT: [Reason; 7] = [
+    const WITHOUT: [Reason; 12] = [
         Reason::NotIp,
         Reason::NoDevice,
         Reason::OtherProtocol,
@@ -69,6 +69,11 @@ const fn has_plan(reason: u32) -> bool {
         Reason::IcmpError,
         Reason::FragmentUnknown,
         Reason::FragmentBeforeFirst,
+        Reason::FrameType,
+        Reason::FrameSource,
+        Reason::FrameNeighbour,
+        Reason::FrameRouter,
+        Reason::FrameUnparsed,
     ];
     let mut i = 0;
     while i < WITHOUT.len() {
