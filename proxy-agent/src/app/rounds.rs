@@ -110,7 +110,8 @@ impl Rounds {
             // Where the maps of policy cannot be read, nothing is written before `retry_at`, however much waits.
             let put_off = (self.waiting && self.policies.known()).then_some(self.not_before);
             let cgroups = self.cgroup_pods.as_ref().and_then(CgroupPods::next);
-            let others = [retry_at, put_off, self.policies.next_finding(), cgroups, self.guard.next()];
+            let guard = self.guard.next().filter(|_| self.knows_guard());
+            let others = [retry_at, put_off, self.policies.next_finding(), cgroups, guard];
             let wake = others.into_iter().flatten().fold(next_sweep, Instant::min);
             tokio::select! {
                 count = inbox.recv_many(&mut burst, BURST) => {
@@ -211,13 +212,14 @@ impl Rounds {
         });
     }
 
+    /// Is it known which interfaces there are, and whether there are policies? Before, what the agent before left stays.
+    fn knows_guard(&self) -> bool {
+        self.reconciler.knows_links() && (self.policies.enforces() || self.policies.listed())
+    }
+
     /// Veths that have no programs yet are silent. An interface that cannot be written keeps no other one waiting.
     fn keep_guard(&mut self) {
-        let Some(devices) = &self.guarded else { return };
-        // Before it is known which interfaces there are, and whether there are policies, what the agent before left stays.
-        if !self.reconciler.knows_links() || !self.policies.enforces() && !self.policies.listed() {
-            return;
-        }
+        let Some(devices) = self.guarded.as_ref().filter(|_| self.knows_guard()) else { return };
         let links = self.reconciler.state().links().filter(|link| self.reconciler.is_programmed(link.ifindex));
         let programmed = links.map(|link| Arc::clone(&link.name)).collect();
         let wanted = self.policies.enforces().then(|| Wanted::of(&devices.borrow(), programmed));

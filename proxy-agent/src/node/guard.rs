@@ -58,12 +58,16 @@ pub struct Guard {
     kept: Kept,
     /// What it could not be made, and when that is tried again.
     failed: Option<(Kept, Instant)>,
+    /// When to look whether the table is still there: who flushes the rules of a node flushes this, too.
+    look_at: Option<Instant>,
     /// Can the kernel name the bridge of a frame? Not known before it was tried.
     names_bridges: Option<bool>,
 }
 
 /// How long after a failure it is tried again, though nothing else is wanted.
 const PAUSE: Duration = Duration::from_secs(2);
+/// How often it is looked for.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// Why there is no guard.
 #[derive(Debug, thiserror::Error)]
@@ -128,12 +132,22 @@ impl Guard {
     pub fn keep(&mut self, wanted: Option<Wanted>, now: Instant) -> Option<Result<(), GuardError>> {
         let wanted = wanted.filter(|wanted| !wanted.bridges.is_empty()).map_or(Kept::Nothing, Kept::Table);
         let has_failed = |(failed, again): &(Kept, Instant)| *failed == wanted && now < *again;
-        if self.kept == wanted || self.failed.as_ref().is_some_and(has_failed) {
+        if self.failed.as_ref().is_some_and(has_failed) {
             return None;
+        }
+        if self.kept == wanted {
+            self.look_at.filter(|at| now >= *at)?;
+            self.look_at = Some(now + LOOK);
+            // Without an answer nothing is known.
+            if is_there().unwrap_or(true) {
+                return None;
+            }
+            tracing::warn!("nftables table bridge {TABLE} was removed by somebody: it is made anew");
         }
         let made = if let Kept::Table(wanted) = &wanted { self.make(wanted) } else { remove() };
         // A guard that must give way does so until something else is wanted.
         let is_certain = matches!(made, Ok(()) | Err(GuardError::Foreign(_)));
+        self.look_at = (made.is_ok() && wanted != Kept::Nothing).then(|| now + LOOK);
         (self.kept, self.failed) =
             if is_certain { (wanted, None) } else { (Kept::Unknown, Some((wanted, now + PAUSE))) };
         Some(made)
@@ -141,7 +155,7 @@ impl Guard {
 
     /// When to call [`Self::keep`] again though nothing has changed.
     pub fn next(&self) -> Option<Instant> {
-        self.failed.as_ref().map(|(_, again)| *again)
+        self.failed.as_ref().map(|(_, again)| *again).or(self.look_at)
     }
 
     fn make(&mut self, wanted: &Wanted) -> Result<(), GuardError> {
@@ -179,18 +193,21 @@ pub fn remove() -> Result<(), GuardError> {
 /// # Errors
 /// Without `nft`, which alone can tell; or what it refused.
 pub fn remove_if_there() -> Result<Option<String>, GuardError> {
-    let mut list = Command::new("nft");
+    if !is_there()? {
+        return Ok(None);
+    }
+    remove()?;
+    Ok(Some(format!("nftables table bridge {TABLE}")))
+}
+
+fn is_there() -> Result<bool, GuardError> {
     // Of all tables of the family, because the error of one that is not there looks like any other.
-    let output = list.args(["list", "tables", "bridge"]).output()?;
+    let output = Command::new("nft").args(["list", "tables", "bridge"]).output()?;
     if !output.status.success() {
         return Err(refused(&output));
     }
     let line = format!("table bridge {TABLE}");
-    if !String::from_utf8_lossy(&output.stdout).lines().any(|found| found.trim() == line) {
-        return Ok(None);
-    }
-    remove()?;
-    Ok(Some(format!("nftables {line}")))
+    Ok(String::from_utf8_lossy(&output.stdout).lines().any(|found| found.trim() == line))
 }
 
 /// What is to be said about a guard that cannot be, or that cannot be taken away (`wanted` is false).

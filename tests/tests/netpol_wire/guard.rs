@@ -170,6 +170,11 @@ fn a_pod_that_starts_while_the_agent_is_away_is_silent() {
         || table(&stage).contains(TABLE) && reaches(&new, &open) == [true; 2] && reaches(&open, &new) == [true; 2];
     Deadline::secs(20).until("free", free).unwrap_or_else(|error| panic!("{error}\n{}", table(&stage)));
 
+    // Somebody loads the rules of the node anew.
+    stage.scenario.node(0).run("nft", &["flush", "ruleset"]).expect("flushed");
+    Deadline::secs(40).until("the guard comes back", || table(&stage).contains(TABLE)).expect("made anew");
+    assert!(free(), "{}", table(&stage));
+
     // Veths of another bridge: where the kernel cannot name bridges the guard gives way, and says so.
     if names_bridges(&stage) {
         not_run("the guard gives way to veths of other bridges", "has nft_meta_bridge");
