@@ -23,8 +23,10 @@ use crate::traffic::socket::tcp_connect;
 
 /// Environment variable with the path of the agent's binary.
 pub const BINARY_VARIABLE: &str = "PROXY_AGENT";
-/// How long a stopped agent may take to end by itself.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an agent may take to end by itself, stopped or with nothing to do.
+const PATIENCE: Duration = Duration::from_mins(1);
+/// For each step of a `GET` of one who is there.
+const ANSWERS: Duration = Duration::from_secs(15);
 
 /// How to run an agent.
 #[derive(Clone, Debug)]
@@ -227,7 +229,7 @@ impl Agent {
         child.wait().map(drop).context(|| format!("wait for the agent of {}", self.node))
     }
 
-    /// Ends it with SIGTERM, as kubelet does; its pins stay. After ten seconds it is killed.
+    /// Ends it with SIGTERM, as kubelet does; its pins stay. After a minute it is killed.
     pub fn stop(&mut self) -> Result<Option<ExitStatus>> {
         let Some(pid) = self.pid() else { return Ok(None) };
         kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM)
@@ -267,10 +269,10 @@ impl Drop for Agent {
     }
 }
 
-/// How an agent ended that was not to live.
+/// How an agent ended that was not to work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
-    /// Exit status; `None` when it had to be killed, because it went on.
+    /// Exit status; `None` when it was killed, because it went on.
     pub status: Option<ExitStatus>,
     /// All it said.
     pub said: String,
@@ -279,6 +281,21 @@ pub struct Refused {
 /// Runs an agent that is expected to refuse its work, and waits for its end. `wrapper` are words before the program
 /// (`setpriv` and its options). Unlike [`Agent`] it cleans nothing up: the pins may belong to another.
 pub fn run_refused(node: &Node, wrapper: &[&str], pin_root: &Path, options: &AgentOptions) -> Result<Refused> {
+    run_until(node, wrapper, pin_root, options, |_| false)
+}
+
+/// [`run_refused`] for an agent that may as well go on: it is killed when it has said `words`.
+pub fn run_until_said(node: &Node, pin_root: &Path, options: &AgentOptions, words: &str) -> Result<Refused> {
+    run_until(node, &[], pin_root, options, |said| said.contains(words))
+}
+
+fn run_until(
+    node: &Node,
+    wrapper: &[&str],
+    pin_root: &Path,
+    options: &AgentOptions,
+    enough: impl Fn(&str) -> bool,
+) -> Result<Refused> {
     ensure_bpffs()?;
     let binary = options.binary.clone().map_or_else(find_binary, Ok)?;
     let log = node.state_dir().join("refused.log");
@@ -290,17 +307,20 @@ pub fn run_refused(node: &Node, wrapper: &[&str], pin_root: &Path, options: &Age
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
     let mut child = command.spawn().map_err(|source| Error::Spawn { command: command::shown(&command), source })?;
     let what = "the agent refuses";
-    let ended = Deadline::after(PATIENCE).poll(what, || child.try_wait().context(|| what.to_owned()));
+    let read = || fs::read_to_string(&log).context(|| format!("read {}", log.display()));
+    let ended = Deadline::after(PATIENCE).poll(what, || {
+        let status = child.try_wait().context(|| what.to_owned())?;
+        Ok((status.is_some() || enough(&read()?)).then_some(status))
+    });
     let status = match ended {
-        Err(Error::Timeout { .. }) => {
-            child.kill().context(|| what.to_owned())?;
-            child.wait().context(|| what.to_owned())?;
-            None
-        }
-        ended => Some(ended?),
+        Err(Error::Timeout { .. }) => None,
+        ended => ended?,
     };
-    let said = fs::read_to_string(&log).context(|| format!("read {}", log.display()))?;
-    Ok(Refused { status, said })
+    if status.is_none() {
+        child.kill().context(|| what.to_owned())?;
+        child.wait().context(|| what.to_owned())?;
+    }
+    Ok(Refused { status, said: read()? })
 }
 
 /// The agent's binary: from [`BINARY_VARIABLE`], or beside the running program, or one directory above it (test
@@ -335,8 +355,13 @@ fn ensure_bpffs() -> Result<()> {
 
 /// One HTTP/1.1 GET inside a namespace: status and body. Enough for a server that closes or gives a length.
 pub fn http_get(netns: &Netns, address: SocketAddr, path: &str) -> Result<(u16, String)> {
+    http_get_within(netns, address, path, ANSWERS)
+}
+
+/// [`http_get`] where each step may take so long.
+pub fn http_get_within(netns: &Netns, address: SocketAddr, path: &str, limit: Duration) -> Result<(u16, String)> {
     let what = || format!("GET http://{address}{path} in {}", netns.name());
-    let mut connection = netns.run(|| tcp_connect(address, 0, Duration::from_secs(2)))?.context(what)?;
+    let mut connection = netns.run(|| tcp_connect(address, 0, limit))?.context(what)?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     connection.write_all(request.as_bytes()).context(what)?;
     let mut answer = Vec::new();

@@ -7,6 +7,9 @@ use crate::deadline::Deadline;
 use crate::error::{Context as _, Error, Result};
 use crate::netns::Netns;
 
+/// How long that may take: the kernel's queue of such events is the whole machine's.
+const PATIENCE_SECS: u64 = 60;
+
 /// A link as `ip -json -details link` shows it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 pub(crate) struct Link {
@@ -39,7 +42,7 @@ impl Link {
 /// Waits until every one of `names` carries packets; gives them in the order of `names`.
 pub(crate) fn wait_carrying(netns: &Netns, names: &[&str]) -> Result<Vec<Link>> {
     let what = format!("{} in {} carry packets", names.join(", "), netns.name());
-    Deadline::secs(5).poll(&what, || {
+    Deadline::secs(PATIENCE_SECS).poll(&what, || {
         let shown = netns.output("ip", &["-json", "-details", "link", "show"])?;
         let links = read(&shown)?;
         let named = names.iter().map(|name| {

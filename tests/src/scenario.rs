@@ -15,7 +15,7 @@ pub mod matrix;
 pub mod views;
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::address::{Family, service_cidr};
 use crate::agent::{Agent, AgentOptions};
@@ -33,6 +33,10 @@ use views::{BackendRow, Counters, DeviceRow, FlowRow, ServiceRow, Status, rows};
 pub const TARGET_PORT: u16 = 8080;
 /// Port of every Service.
 pub const SERVICE_PORT: u16 = 80;
+/// How long what was written may take until it is in force, on a machine that is busy with something else.
+const IN_FORCE_SECS: u64 = 60;
+/// Looks at counters that must be equal, and how long it is from the first of them to the last at least.
+const STILL: (usize, Duration) = (3, Duration::from_millis(250));
 /// Name of the host that is no node.
 pub const OUTSIDE: &str = "outside";
 
@@ -96,7 +100,7 @@ impl Scenario {
     /// Waits until the agent of this node knows every pod of it, with both addresses.
     pub fn wait_pods(&self, node: usize) -> Result<()> {
         let pods = self.cluster.nodes()[node].pods();
-        Deadline::secs(20).poll(&format!("node {node} knows its {} pods", pods.len()), || {
+        Deadline::secs(IN_FORCE_SECS).poll(&format!("node {node} knows its {} pods", pods.len()), || {
             let devices = self.devices(node)?;
             let known = |pod: &crate::Pod| {
                 devices.iter().any(|device| {
@@ -194,7 +198,7 @@ impl Scenario {
     /// `service list` shows. `None` waits until it is gone.
     pub fn wait_endpoints(&self, node: usize, name: &str, count: Option<u64>) -> Result<()> {
         let what = format!("node {node} has {count:?} endpoints of {name}");
-        Deadline::secs(15).poll(&what, || {
+        Deadline::secs(IN_FORCE_SECS).poll(&what, || {
             let mine = of(self.services(node)?, name);
             let there =
                 count.map_or(mine.is_empty(), |count| !mine.is_empty() && mine.iter().all(|row| row.selected == count));
@@ -204,7 +208,7 @@ impl Scenario {
 
     /// Waits until the log of a node's agent has a line with all of these words; gives the line.
     pub fn wait_logged(&self, node: usize, words: &[&str]) -> Result<String> {
-        let found = Deadline::secs(15).poll("logged", || {
+        let found = Deadline::secs(IN_FORCE_SECS).poll("logged", || {
             let log = self.agents[node].log_text();
             Ok(log.lines().find(|line| words.iter().all(|word| line.contains(word))).map(str::to_owned))
         });
@@ -224,10 +228,16 @@ impl Scenario {
     /// Packet counters of all nodes, once they stand still: what a connection that has ended still sends is in them.
     pub fn settled_counters(&self) -> Result<Vec<Counters>> {
         let all = || (0..self.agents.len()).map(|node| Ok(self.counters(node)?.rewrites())).collect::<Result<Vec<_>>>();
-        let mut last = all()?;
-        Deadline::secs(5).poll("counters stand still", || {
+        let (looks, apart) = STILL;
+        let (mut last, mut since, mut equal) = (all()?, Instant::now(), 1);
+        Deadline::secs(30).poll("counters stand still", || {
             let now = all()?;
-            Ok((std::mem::replace(&mut last, now.clone()) == now).then_some(now))
+            if now == last {
+                equal += 1;
+            } else {
+                (last, since, equal) = (now, Instant::now(), 1);
+            }
+            Ok((equal >= looks && since.elapsed() >= apart).then(|| last.clone()))
         })
     }
 

@@ -18,10 +18,18 @@ pub mod udp_exchange;
 pub mod udp_server;
 pub mod wire;
 
+use std::time::Duration;
+
+/// For an answer that is expected, from one who is there: on a busy machine a thread may wait for seconds until it runs.
+/// Silence that is expected is waited for less.
+pub const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
+
 pub use cpu::{CpuTime, busy_during};
 pub use flow::{BusyFlows, Flow, FlowReport};
 pub use probe::{Answer, Transport, probe, probe_all};
-pub use rate::{BulkReport, Closer, RateReport, connect_rate, connect_steadily, tcp_bulk, tcp_rr, udp_rr};
+pub use rate::{
+    BulkReport, Closer, RateReport, connect_rate, connect_steadily, connect_steadily_while, tcp_bulk, tcp_rr, udp_rr,
+};
 pub use steady::{Steady, SteadyOptions, SteadyReport};
 pub use tcp_exchange::{TcpOptions, TcpReport, tcp_exchange, tcp_exchange_with};
 pub use tcp_server::{Serving, TcpServer};

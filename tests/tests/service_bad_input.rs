@@ -263,7 +263,7 @@ fn a_half_written_configuration() {
     fs::write(&file, CONFIG).expect("written");
     assert_healthy(&scenario, "five wrong configurations");
     fs::write(&file, CONFIG.replace("172.18.0.0/24", "10.0.0.0/8")).expect("written");
-    let ended = scenario.agent_mut(0).wait_exit(Duration::from_secs(10)).expect("it ends");
+    let ended = scenario.agent_mut(0).wait_exit(Duration::from_mins(1)).expect("it ends");
     assert_eq!(ended.and_then(|status| status.code()), Some(0));
     assert_eq!(answered(&scenario, OUTSIDE, target, Transport::Tcp), "b", "the kernel goes on");
 }

@@ -13,12 +13,13 @@ use proxy_tests::tracer::Tracer;
 use proxy_tests::traffic::flow::ping_all;
 use proxy_tests::traffic::socket::udp_client;
 use proxy_tests::traffic::wire::UdpReply;
-use proxy_tests::traffic::{Answer, Flow, TcpServer, Transport, UdpOptions, probe, tcp_exchange, udp_exchange};
+use proxy_tests::traffic::{
+    ANSWERED_WITHIN, Answer, Flow, TcpServer, Transport, UdpOptions, probe, tcp_exchange, udp_exchange,
+};
 use proxy_tests::{AgentOptions, Deadline, Driver, Family, Netns, PodCgroup, agent};
 use serde_json::json;
 
 const ALL: [&str; 2] = ["--socket-lb", "all"];
-const SECOND: Duration = Duration::from_secs(1);
 /// What is dropped is waited for so long.
 const SILENCE: Duration = Duration::from_millis(600);
 const NODE_PORT: u16 = 30_080;
@@ -72,7 +73,7 @@ impl Stage {
     /// Waits until so many pods of the first node are translated at their sockets.
     fn wait_translated(&self, pods: u64) {
         let translated = || self.scenario.status(0).is_ok_and(|status| status.used("cgroup_pod") == pods);
-        Deadline::secs(15)
+        Deadline::secs(60)
             .until(&format!("{pods} pods are translated at their sockets"), translated)
             .expect("they are");
     }
@@ -161,7 +162,8 @@ fn sockets_of_pods_are_led_to_backends_and_no_packet_is_translated() {
     // So it is for what it sends to an address all the same: it hears nobody but the Service.
     for family in Family::BOTH {
         let target = through(family, 33);
-        let socket = stage.netns("a").run(|| udp_client(target, 0, SECOND)).expect("namespace").expect("socket");
+        let socket =
+            stage.netns("a").run(|| udp_client(target, 0, ANSWERED_WITHIN)).expect("namespace").expect("socket");
         stage.a.run(|| socket.connect(target)).expect("in the cgroup").expect("connected");
         for _ in 0..4 {
             stage.a.run(|| ask_by(&socket, target)).expect("in the cgroup").expect("an answer");
@@ -186,8 +188,8 @@ fn a_pod_opts_out_and_in_again_while_it_runs() {
     stage.publish("near", 31, &["b"]);
     stage.wait_translated(2);
     let ask = |family| stage.a.run(|| exchange(&stage, "a", through(family, 31), "b")).expect("in the cgroup");
-    let mut before = Flow::open(&stage.netns("a"), through(Family::V4, 31), 0, SECOND).expect("by packets");
-    let mut inside = stage.a.run(|| Flow::open(&stage.netns("a"), through(Family::V4, 31), 0, SECOND));
+    let mut before = Flow::open(&stage.netns("a"), through(Family::V4, 31), 0, ANSWERED_WITHIN).expect("by packets");
+    let mut inside = stage.a.run(|| Flow::open(&stage.netns("a"), through(Family::V4, 31), 0, ANSWERED_WITHIN));
     let inside = inside.as_mut().expect("in the cgroup").as_mut().expect("at the socket");
     for round in 0..2 {
         stage.annotate("disabled");
@@ -209,7 +211,7 @@ fn a_pod_opts_out_and_in_again_while_it_runs() {
     stage.wait_translated(2);
     assert_eq!(ask(Family::V4), (0, 0));
     for flow in [&mut before, inside] {
-        ping_all(std::slice::from_mut(flow), SECOND).check("a connection over all of it").expect("lives");
+        ping_all(std::slice::from_mut(flow), ANSWERED_WITHIN).check("a connection over all of it").expect("lives");
     }
 }
 
@@ -279,11 +281,11 @@ fn policy_judges_what_a_socket_was_led_to() {
     for family in Family::BOTH {
         let own = |pod| stage.scenario.ip(pod, family).expect("a pod");
         let from = |server: &str, pod| Answer::From { server: server.to_owned(), seen: own(pod) };
-        assert_eq!(ask(&stage.a, "a", 31, family, SECOND), from("b", "a"), "allowed on both sides");
+        assert_eq!(ask(&stage.a, "a", 31, family, ANSWERED_WITHIN), from("b", "a"), "allowed on both sides");
         assert_eq!(ask(&stage.a, "a", 32, family, SILENCE), Answer::Silent, "a's egress");
         assert_eq!(ask(&stage.a, "a", 33, family, SILENCE), Answer::Silent, "c's ingress");
         assert_eq!(ask(&stage.c, "c", 31, family, SILENCE), Answer::Silent, "b's ingress, by c's own address");
-        assert_eq!(ask(&stage.c, "c", 32, family, SECOND), from("d", "c"), "nobody forbids it");
+        assert_eq!(ask(&stage.c, "c", 32, family, ANSWERED_WITHIN), from("d", "c"), "nobody forbids it");
     }
     let added = stage.scenario.counters(0).expect("counters").since(&before);
     assert!(added.get("from_pod", "policy_egress") >= 2, "{added}");
@@ -307,7 +309,11 @@ fn what_only_packets_can_do_is_left_to_them() {
         let ask = |target| {
             let netns = stage.netns("a");
             let asked = Transport::BOTH.map(|transport| {
-                stage.a.run(|| probe(&netns, target, transport, SECOND)).expect("in the cgroup").expect("asked")
+                stage
+                    .a
+                    .run(|| probe(&netns, target, transport, ANSWERED_WITHIN))
+                    .expect("in the cgroup")
+                    .expect("asked")
             });
             let [tcp, udp] = asked;
             assert_eq!(tcp, udp, "{target}");
@@ -337,7 +343,7 @@ fn what_only_packets_can_do_is_left_to_them() {
         let server = TcpServer::start(&stage.netns("a"), "own", NODE_PORT).expect("a server in the pod");
         for ip in [local, any] {
             let target = SocketAddr::new(ip, NODE_PORT);
-            let asked = stage.a.run(|| probe(&stage.netns("a"), target, Transport::Tcp, SECOND));
+            let asked = stage.a.run(|| probe(&stage.netns("a"), target, Transport::Tcp, ANSWERED_WITHIN));
             let Answer::From { server, .. } = asked.expect("in the cgroup").expect("asked") else { panic!("{ip}") };
             assert_eq!(server, "own", "{ip}");
         }
@@ -360,8 +366,8 @@ fn who_asks_for_nothing_hears_so_from_the_call_itself() {
     for family in Family::BOTH {
         for target in [through(family, 31), SocketAddr::new(vip(family, 32), 81)] {
             let calls = || {
-                let tcp = TcpStream::connect_timeout(&target, SECOND).map(drop).map_err(|error| error.kind());
-                let socket = udp_client(target, 0, SECOND).expect("a socket");
+                let tcp = TcpStream::connect_timeout(&target, ANSWERED_WITHIN).map(drop).map_err(|error| error.kind());
+                let socket = udp_client(target, 0, ANSWERED_WITHIN).expect("a socket");
                 (tcp, socket.send_to(b"anybody?", target).map(drop).map_err(|error| error.kind()))
             };
             let before = stage.scenario.counters(0).expect("counters");
@@ -400,9 +406,10 @@ fn a_socket_moves_with_its_endpoints_and_keeps_its_services_apart() {
     for family in Family::BOTH {
         stage.scenario.set_endpoints(&moving, &["b"]).expect("written");
         let target = through(family, 31);
-        let socket = stage.netns("a").run(|| udp_client(target, 0, SECOND)).expect("namespace").expect("socket");
+        let socket =
+            stage.netns("a").run(|| udp_client(target, 0, ANSWERED_WITHIN)).expect("namespace").expect("socket");
         let ask = |host| stage.a.run(|| ask_by(&socket, through(family, host)).unwrap_or_default()).expect("in it");
-        Deadline::secs(10).until("b answers", || ask(31) == "b").expect("it does");
+        Deadline::secs(60).until("b answers", || ask(31) == "b").expect("it does");
         // Another Service over the same backend, by the same socket: both are shown as themselves.
         for _ in 0..3 {
             assert_eq!((ask(32), ask(31)), ("b".to_owned(), "b".to_owned()));
@@ -410,11 +417,12 @@ fn a_socket_moves_with_its_endpoints_and_keeps_its_services_apart() {
         // One socket keeps its backend.
         let first = ask(33);
         assert!((0..8).all(|_| ask(33) == first), "{family:?}");
-        let mut live = stage.a.run(|| Flow::open(&stage.netns("a"), target, 0, SECOND)).expect("in it").expect("TCP");
+        let mut live =
+            stage.a.run(|| Flow::open(&stage.netns("a"), target, 0, ANSWERED_WITHIN)).expect("in it").expect("TCP");
         stage.scenario.set_endpoints(&moving, &["c"]).expect("written");
-        Deadline::secs(10).until("c answers", || ask(31) == "c").expect("it does");
+        Deadline::secs(60).until("c answers", || ask(31) == "c").expect("it does");
         assert_eq!(ask(31), "c");
-        ping_all(std::slice::from_mut(&mut live), SECOND).check("TCP stays").expect("lives");
+        ping_all(std::slice::from_mut(&mut live), ANSWERED_WITHIN).check("TCP stays").expect("lives");
         assert_eq!(live.server_name(), "b");
     }
 }
@@ -442,9 +450,10 @@ fn it_outlives_the_agent_and_ends_with_the_flag() {
     stage.publish("near", 31, &["b"]);
     stage.wait_translated(2);
     let target = through(Family::V4, 31);
-    let socket = stage.netns("a").run(|| udp_client(target, 0, SECOND)).expect("namespace").expect("socket");
+    let socket = stage.netns("a").run(|| udp_client(target, 0, ANSWERED_WITHIN)).expect("namespace").expect("socket");
     let ask = |stage: &Stage| stage.a.run(|| ask_by(&socket, target)).expect("in it").expect("answered");
-    let mut live = stage.a.run(|| Flow::open(&stage.netns("a"), target, 0, SECOND)).expect("in it").expect("TCP");
+    let mut live =
+        stage.a.run(|| Flow::open(&stage.netns("a"), target, 0, ANSWERED_WITHIN)).expect("in it").expect("TCP");
     stage.scenario.agent_mut(0).kill9().expect("killed");
     assert_eq!(ask(&stage), "b");
     assert_eq!(stage.a.run(|| exchange(&stage, "a", target, "b")).expect("in it"), (0, 0), "while the agent is away");
@@ -460,7 +469,7 @@ fn it_outlives_the_agent_and_ends_with_the_flag() {
     let rows = stage.a.run(|| exchange(&stage, "a", target, "b")).expect("in it");
     assert!(rows.0 > 0 && rows.1 > 0, "without the flag: {rows:?}");
     assert_eq!(ask(&stage), "b");
-    ping_all(std::slice::from_mut(&mut live), SECOND).check("TCP stays").expect("lives");
+    ping_all(std::slice::from_mut(&mut live), ANSWERED_WITHIN).check("TCP stays").expect("lives");
     let status = stage.scenario.status(0).expect("status");
     let sockets = status.maps.iter().find(|row| row.map == "pod_socket").map(|row| (row.used, row.capacity));
     assert_eq!(sockets, Some((0, 64)), "made anew, as small as can be");

@@ -360,7 +360,7 @@ fn every_drop_is_named_with_its_cause_and_what_to_do() {
                 "-c",
                 "1",
                 "--for",
-                "8s",
+                "30s",
                 "-o",
                 "ndjson",
                 "--no-replies",
@@ -374,7 +374,7 @@ fn every_drop_is_named_with_its_cause_and_what_to_do() {
             } else {
                 send(&netns, target, drop.bytes);
             }
-            let traced = tracer.finish(Duration::from_secs(20)).expect("the end");
+            let traced = tracer.finish(Duration::from_mins(1)).expect("the end");
             let line = traced.one("drop");
             let text = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
             let good = traced.code == Some(0)
@@ -414,13 +414,13 @@ fn every_drop_is_named_with_its_cause_and_what_to_do() {
 fn the_table_groups_them() {
     let scenario = build();
     let netns = scenario.netns("a").expect("a namespace");
-    let table = Tracer::start(scenario.node(0), &["drops", "--once", "--for", "2s", "--json"]).expect("a table");
+    let table = Tracer::start(scenario.node(0), &["drops", "--once", "--for", "8s", "--json"]).expect("a table");
     for _ in 0..3 {
         send(&netns, vip(EMPTY, Family::V4), 20);
         let nobody = SocketAddr::new(scenario.ip("b", Family::V4).expect("an address"), 9);
         send(&netns, nobody, 20);
     }
-    let traced = table.finish(Duration::from_secs(20)).expect("the end");
+    let traced = table.finish(Duration::from_mins(1)).expect("the end");
     let items = traced.lines().first().map(|line| line["items"].clone()).unwrap_or_default();
     let of = |reason: &str| {
         let found = items.as_array().into_iter().flatten().find(|item| item["reason"] == reason);

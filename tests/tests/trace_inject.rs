@@ -1,7 +1,7 @@
 //! `trace why` with a real packet, one that it sends or the next that comes by, and in the middle of flows.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use proxy_tests::agent::find_binary;
@@ -10,7 +10,7 @@ use proxy_tests::policy_manifest::{PodObject, namespace, network_policy};
 use proxy_tests::rawsock::RawSocket;
 use proxy_tests::scenario::{self, OUTSIDE, SERVICE_PORT, Scenario, TARGET_PORT, matrix};
 use proxy_tests::tracer::{self, Traced, Tracer};
-use proxy_tests::traffic::tcp_exchange;
+use proxy_tests::traffic::{ANSWERED_WITHIN, Flow, tcp_exchange};
 use proxy_tests::{ClusterSpec, Deadline, Family, Netns, NodeSpec};
 use serde_json::{Value, json};
 
@@ -326,15 +326,18 @@ fn the_middle_of_a_flow_is_what_the_tables_say() {
         );
     }
 
-    // Connections and datagrams in both families.
-    let streams = Family::BOTH
-        .map(|family| netns.run(|| TcpStream::connect(vip("b", family))).expect("a namespace").expect("connected"));
+    // Connections and datagrams in both families. The server closes a connection that says nothing for ten seconds; one that
+    // has said what it wants may be idle.
+    let connect = |name: &str, to: SocketAddr| {
+        Flow::open(&scenario.netns(name).expect("a namespace"), to, 0, ANSWERED_WITHIN).expect("connected")
+    };
+    let streams = Family::BOTH.map(|family| connect("a", vip("b", family)));
     let datagrams = Family::BOTH.map(|family| {
         let any: IpAddr =
             if family == Family::V4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         let ask = || {
             let socket = UdpSocket::bind((any, 0))?;
-            socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+            socket.set_read_timeout(Some(ANSWERED_WITHIN))?;
             socket.send_to(b"a", vip("b", family))?;
             socket.recv_from(&mut [0; 2000]).map(|_| socket)
         };
@@ -364,10 +367,6 @@ fn the_middle_of_a_flow_is_what_the_tables_say() {
 
     // A process of the node, and a receiver that is elsewhere.
     acquaint(&scenario);
-    let connect = |name: &str, to: SocketAddr| {
-        let netns = scenario.netns(name).expect("a namespace");
-        netns.run(|| TcpStream::connect(to)).expect("a namespace").expect("connected")
-    };
     let more = Family::BOTH.map(|family| (connect("node1", vip("b", family)), connect("a", vip("d", family))));
     let (node, far) = ("node to svc:default/to-b 80/tcp", "pod:default/a to svc:default/to-d 80/tcp");
     for (line, stage, code, unknown, run) in [

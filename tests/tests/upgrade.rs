@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -13,13 +14,17 @@ use proxy_tests::cluster::Links;
 use proxy_tests::scenario::matrix::{self, Setting, vip_of};
 use proxy_tests::scenario::{SERVICE_PORT, Scenario};
 use proxy_tests::traffic::flow::ping_all;
-use proxy_tests::traffic::{BusyFlows, Flow, Steady, SteadyOptions, connect_steadily, tcp_exchange};
+use proxy_tests::traffic::{
+    ANSWERED_WITHIN, BusyFlows, Flow, Steady, SteadyOptions, TcpOptions, connect_steadily_while, tcp_exchange_with,
+};
 use proxy_tests::{Deadline, Family, Netns};
 
 const SECOND: Duration = Duration::from_secs(1);
 const PLAIN: Setting = Setting { links: Links::Routed, hostile: true, rp_filter: true };
 /// Version of the layouts of the agent built with `layout-next`.
 const NEXT: &str = "v1000";
+/// New connections that are made over the changes at least.
+const CONNECTIONS: u64 = 1_000;
 
 fn target(server: &str, family: Family) -> SocketAddr {
     SocketAddr::new(vip_of(server, family).expect("a Service"), SERVICE_PORT)
@@ -54,7 +59,7 @@ fn rows(scenario: &Scenario, idle: &[Flow]) -> BTreeSet<String> {
 
 fn idle_flows(client: &Netns, count: usize) -> Vec<Flow> {
     let targets = Family::BOTH.map(|family| ["a", "b", "d"].map(|server| target(server, family))).concat();
-    (0..count).map(|n| Flow::open(client, targets[n % targets.len()], 0, SECOND).expect("flow")).collect()
+    (0..count).map(|n| Flow::open(client, targets[n % targets.len()], 0, ANSWERED_WITHIN).expect("flow")).collect()
 }
 
 fn change(scenario: &mut Scenario, binary: &Path) {
@@ -98,17 +103,21 @@ fn flows_go_on_over_an_upgrade_and_back() {
         )
     };
     let tables = kept(&scenario);
-    let stop = AtomicBool::new(false);
+    let stop = Arc::new(AtomicBool::new(false));
+    let (stopped, limit) = (Arc::clone(&stop), Deadline::secs(120));
+    let go_on = move |made| limit.left().is_some() && (made < CONNECTIONS || !stopped.load(Ordering::Relaxed));
     let (transfers, connections) = thread::scope(|scope| {
         // Its errors are bounded, not none: a connection may be made in the moment that the two versions do not share.
         let connecting =
-            scope.spawn(|| connect_steadily(&a, target("b", Family::V4), 4, 200, 10 * SECOND).expect("connections"));
+            scope.spawn(|| connect_steadily_while(&a, target("b", Family::V4), 16, 200, go_on).expect("connections"));
         let bulk = scope.spawn(|| {
             let mut transfers = 0;
             while !stop.load(Ordering::Relaxed) {
                 // One connection that lives over the change, and is as large as it takes.
                 let family = Family::BOTH[transfers % 2];
-                tcp_exchange(&a, target("b", family), 64 << 20, 64 << 20).expect("bulk transfer");
+                let options =
+                    TcpOptions { up: 64 << 20, down: 64 << 20, timeout: 120 * SECOND, ..TcpOptions::default() };
+                tcp_exchange_with(&a, target("b", family), &options).expect("bulk transfer");
                 transfers += 1;
             }
             transfers
@@ -123,13 +132,13 @@ fn flows_go_on_over_an_upgrade_and_back() {
         (bulk.join().expect("bulk"), connecting.join().expect("connections"))
     });
     eprintln!("new connections meanwhile: {connections}, slowest {:?}", connections.quantile(1.0));
-    assert!(connections.operations > 1000, "{connections}");
+    assert!(connections.operations >= CONNECTIONS, "{} of {CONNECTIONS}: {connections}", connections.operations);
     assert!(connections.errors * 100 <= connections.operations, "{connections}: {:?}", connections.first_error);
     for flows in busy {
         let report = flows.stop().check("busy flows").expect("whole");
         eprintln!("busy flows: {report:?}");
     }
-    ping_all(&mut idle, SECOND).check("idle flows").expect("whole");
+    ping_all(&mut idle, ANSWERED_WITHIN).check("idle flows").expect("whole");
     for steady in steady {
         steady.stop().assert_whole();
     }
@@ -159,14 +168,14 @@ fn an_upgrade_that_is_killed_is_continued() {
         agent.stop().expect("stopped");
         agent.set_binary(next.clone());
         agent.launch_unchecked().expect("started");
-        Deadline::secs(10).until("the upgrade has begun", || pin.exists()).expect("begun");
+        Deadline::secs(60).until("the upgrade has begun", || pin.exists()).expect("begun");
         agent.kill9().expect("killed");
-        ping_all(&mut idle, SECOND).check("flows without an agent").expect("whole");
+        ping_all(&mut idle, ANSWERED_WITHIN).check("flows without an agent").expect("whole");
         let (binary, version) = if round == 1 { (&next, vec![NEXT.to_owned()]) } else { (&now, first.clone()) };
         change(&mut scenario, binary);
         assert_eq!(versions(&root), version, "round {round}");
         assert_eq!(rows(&scenario, &idle), before, "round {round}");
-        ping_all(&mut idle, SECOND).check("flows").expect("whole");
+        ping_all(&mut idle, ANSWERED_WITHIN).check("flows").expect("whole");
         change(&mut scenario, &now);
         assert_eq!(rows(&scenario, &idle), before, "round {round}");
     }

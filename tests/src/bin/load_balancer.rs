@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use proxy_tests::agent::http_get;
+use proxy_tests::agent::http_get_within;
 use proxy_tests::kube_server::{Identity, KubeClient};
 use proxy_tests::{Deadline, Netns};
 use serde_json::{Value, json};
@@ -54,6 +54,8 @@ struct Arguments {
 
 const FINALIZER: &str = "service.kubernetes.io/load-balancer-cleanup";
 const ROUND: Duration = Duration::from_millis(500);
+/// For each step of a node's answer: one that is silent must not hold up the round.
+const HEALTHY_WITHIN: Duration = Duration::from_secs(2);
 
 /// What was given out so far.
 #[derive(Default)]
@@ -198,7 +200,8 @@ fn target(netns: &Netns, nodes: &[Vec<IpAddr>], service: &Value, ip: IpAddr) -> 
     let healthy = |node: &&Vec<IpAddr>| {
         let address = node.iter().copied().find(IpAddr::is_ipv4).or_else(|| node.first().copied());
         address.is_some_and(|address| {
-            http_get(netns, SocketAddr::new(address, port), "/healthz").is_ok_and(|(status, _)| status == 200)
+            let answer = http_get_within(netns, SocketAddr::new(address, port), "/healthz", HEALTHY_WITHIN);
+            answer.is_ok_and(|(status, _)| status == 200)
         })
     };
     nodes.iter().filter(healthy).find_map(of_family)

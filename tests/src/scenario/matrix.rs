@@ -5,11 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use super::views::Counters;
-use super::{SERVICE_PORT, Scenario, vip};
+use super::{SERVICE_PORT, Scenario, TARGET_PORT, vip};
 use crate::address::Family;
 use crate::cluster::{ClusterSpec, Links, NodeSpec};
 use crate::deadline::Deadline;
 use crate::error::{Error, Result};
+use crate::traffic::socket::tcp_sockets;
 use crate::traffic::{TcpOptions, UdpOptions, tcp_exchange_with, udp_exchange};
 
 /// Bytes of a TCP cell, each way.
@@ -233,8 +234,12 @@ impl<'a> Matrix<'a> {
                 let timeout = Duration::from_secs(20);
                 let options = TcpOptions { up: TCP_BYTES, down: TCP_BYTES, source_port, timeout };
                 let report = tcp_exchange_with(&client, target, &options)?;
-                let closed = || self.scenario.open_connections(way.server) == 0;
-                Deadline::secs(5).until("the server has closed", closed)?;
+                // The last packet of a connection is what lets its server's kernel forget it: none comes after that.
+                let (server, peer) = (self.scenario.netns(way.server)?, report.peer_seen_by_server.port());
+                Deadline::secs(30).poll("the server has closed", || {
+                    let open = self.scenario.open_connections(way.server) + tcp_sockets(&server, TARGET_PORT, peer)?;
+                    Ok((open == 0).then_some(()))
+                })?;
                 (report.server_name, report.peer_seen_by_server, report.peer)
             }
             Load::Udp { size, connected } => {

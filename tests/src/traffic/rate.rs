@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -117,7 +118,7 @@ pub fn connect_rate(
     duration: Duration,
     closer: Closer,
 ) -> Result<RateReport> {
-    work(netns, workers, duration, move || {
+    work(netns, workers, lasting(duration), move || {
         let request = if closer == Closer::Client { Mode::Echo } else { Mode::Farewell }.encode();
         Ok(move || {
             let mut connection = tcp_connect(target, 0, PATIENCE)?;
@@ -140,8 +141,30 @@ pub fn connect_steadily(
     per_second: u32,
     duration: Duration,
 ) -> Result<RateReport> {
+    connect_at_rate(netns, target, workers, per_second, lasting(duration))
+}
+
+/// [`connect_steadily`] as long as `go_on` says of the number of connections that were made: a slow machine takes longer,
+/// and does the same work.
+pub fn connect_steadily_while(
+    netns: &Netns,
+    target: SocketAddr,
+    workers: u32,
+    per_second: u32,
+    go_on: impl Fn(u64) -> bool + Clone + Send + 'static,
+) -> Result<RateReport> {
+    connect_at_rate(netns, target, workers, per_second, move |made, _| go_on(made))
+}
+
+fn connect_at_rate(
+    netns: &Netns,
+    target: SocketAddr,
+    workers: u32,
+    per_second: u32,
+    go_on: impl Fn(u64, Duration) -> bool + Clone + Send + 'static,
+) -> Result<RateReport> {
     let interval = Duration::from_secs(1) * workers / per_second.max(1);
-    work(netns, workers as usize, duration, move || {
+    work(netns, workers as usize, go_on, move || {
         let request = Mode::Echo.encode();
         let mut due = Instant::now();
         Ok(move || {
@@ -158,7 +181,7 @@ pub fn connect_steadily(
 
 /// Request and response on one TCP connection per worker.
 pub fn tcp_rr(netns: &Netns, target: SocketAddr, workers: usize, duration: Duration) -> Result<RateReport> {
-    work(netns, workers, duration, move || {
+    work(netns, workers, lasting(duration), move || {
         let mut flow = Flow::connect(target, 0, PATIENCE)?;
         Ok(move || match flow.ping(PATIENCE) {
             Ping::Echoed(_) => Ok(()),
@@ -175,7 +198,7 @@ pub fn udp_rr(
     size: usize,
     duration: Duration,
 ) -> Result<RateReport> {
-    work(netns, workers, duration, move || {
+    work(netns, workers, lasting(duration), move || {
         let socket = udp_client(target, 0, PATIENCE)?;
         socket.connect(target)?;
         let mut request = vec![0; size.max(16)];
@@ -242,21 +265,28 @@ fn send_until(mut connection: &TcpStream, duration: Duration) -> io::Result<Bulk
     Ok(report)
 }
 
-/// Runs `workers` threads in the namespace. Each prepares itself, waits for the others, and then repeats its
-/// operation until the time is over.
-fn work<P, O>(netns: &Netns, workers: usize, duration: Duration, prepare: P) -> Result<RateReport>
+/// Goes on for this time.
+fn lasting(duration: Duration) -> impl Fn(u64, Duration) -> bool + Clone + Send + 'static {
+    move |_, passed| passed < duration
+}
+
+/// Runs `workers` threads in the namespace. Each prepares itself, waits for the others, and then repeats its operation
+/// as long as `go_on` says: of the operations of all that succeeded, and of the time since it began.
+fn work<G, P, O>(netns: &Netns, workers: usize, go_on: G, prepare: P) -> Result<RateReport>
 where
+    G: Fn(u64, Duration) -> bool + Clone + Send + 'static,
     P: Fn() -> io::Result<O> + Clone + Send + 'static,
     O: FnMut() -> io::Result<()>,
 {
-    let barrier = Arc::new(Barrier::new(workers));
+    let (barrier, succeeded) = (Arc::new(Barrier::new(workers)), Arc::new(AtomicU64::new(0)));
     let threads = (0..workers)
         .map(|_| {
-            let (prepare, barrier) = (prepare.clone(), Arc::clone(&barrier));
+            let (prepare, go_on) = (prepare.clone(), go_on.clone());
+            let (barrier, succeeded) = (Arc::clone(&barrier), Arc::clone(&succeeded));
             netns.spawn("rate", move || {
                 let operation = prepare();
                 barrier.wait();
-                operation.map(|operation| repeat(operation, duration))
+                operation.map(|operation| repeat(operation, &succeeded, go_on))
             })
         })
         .collect::<Result<Vec<_>>>()?;
@@ -271,12 +301,17 @@ where
     Ok(total)
 }
 
-fn repeat(mut operation: impl FnMut() -> io::Result<()>, duration: Duration) -> RateReport {
+fn repeat(
+    mut operation: impl FnMut() -> io::Result<()>,
+    succeeded: &AtomicU64,
+    go_on: impl Fn(u64, Duration) -> bool,
+) -> RateReport {
     let mut report = RateReport::empty();
     let start = Instant::now();
-    while start.elapsed() < duration {
+    while go_on(succeeded.load(Ordering::Relaxed), start.elapsed()) {
         let started = Instant::now();
         let outcome = operation();
+        succeeded.fetch_add(u64::from(outcome.is_ok()), Ordering::Relaxed);
         report.count(started, outcome);
     }
     report.duration = start.elapsed();

@@ -1,5 +1,6 @@
 //! Sockets with the options that std has no call for. They belong to the namespace of the calling thread.
 
+use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd as _;
@@ -12,6 +13,8 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 
 use crate::deadline::Deadline;
+use crate::error::{Context as _, Result};
+use crate::netns::Netns;
 
 /// The address that stands for all of a family's.
 pub fn unspecified(family_of: SocketAddr) -> IpAddr {
@@ -80,8 +83,43 @@ pub fn widen(socket: &UdpSocket) -> io::Result<()> {
     Ok(setsockopt(socket, sockopt::RcvBufForce, &(8 << 20))?)
 }
 
+/// TCP sockets of a namespace, from this port to that one, that the kernel has more than a memory of (TIME_WAIT).
+pub fn tcp_sockets(netns: &Netns, port: u16, peer: u16) -> Result<usize> {
+    let read = |file: &str| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
+    let tables = netns.run(|| Ok::<_, io::Error>(read("tcp")? + &read("tcp6")?))?;
+    let tables = tables.context(|| format!("sockets of {}", netns.name()))?;
+    Ok(tables.lines().filter(|row| is_socket(row, port, peer)).count())
+}
+
+/// Is a row of `/proc/net/tcp` (number, own address, the peer's, state) from this port to that one, and not in
+/// TIME_WAIT?
+fn is_socket(row: &str, port: u16, peer: u16) -> bool {
+    let mut fields = row.split_whitespace().skip(1);
+    let mut port_is = |wanted: u16| {
+        let port = fields.next().and_then(|address| address.rsplit(':').next());
+        port.is_some_and(|port| port == format!("{wanted:04X}"))
+    };
+    port_is(port) && port_is(peer) && fields.next() != Some("06")
+}
+
 /// Did a read or write end because of the socket's timeout? A call with a timeout is also interrupted where others
 /// are restarted, when the process is stopped and continued; that is for the caller's deadline to judge too.
 pub fn timed_out(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_sockets_are_told_by_ports_and_state() {
+        let row = |state: &str| {
+            format!("   1: 0100007F:1F90 0200007F:4E21 {state} 00000000:00000000 00:00000000 00000000 0 0 9 1")
+        };
+        assert!(is_socket(&row("09"), 8080, 20_001));
+        assert!(!is_socket(&row("06"), 8080, 20_001));
+        assert!(!is_socket(&row("09"), 8080, 20_002));
+        assert!(!is_socket("  sl  local_address rem_address   st tx_queue", 8080, 20_001));
+    }
 }

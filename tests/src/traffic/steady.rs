@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,8 +14,10 @@ use super::wire::UdpReply;
 use crate::error::{Context as _, Result};
 use crate::netns::{Inside, Netns};
 
-/// How long answers are waited for after the last request.
+/// How long is listened after the last request in any case: a second answer to one may come.
 const TAIL: Duration = Duration::from_millis(500);
+/// How long an answer that is missing is waited for: what a busy machine has kept lying is not lost.
+const LATE: Duration = Duration::from_secs(10);
 
 /// Rate and shape.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +43,7 @@ impl Default for SteadyOptions {
 pub struct Steady {
     start: Instant,
     stop: Option<Sender<()>>,
-    receiving: Arc<AtomicBool>,
+    ending: Arc<OnceLock<Ending>>,
     sender: Option<Inside<Sent>>,
     receiver: Option<thread::JoinHandle<Received>>,
 }
@@ -73,6 +74,15 @@ pub struct SteadyReport {
     pub errors: BTreeMap<String, u64>,
 }
 
+/// What the receiver still waits for.
+#[derive(Clone, Copy, Debug)]
+struct Ending {
+    /// When the last request was sent.
+    since: Instant,
+    /// Requests that are to be answered.
+    wanted: usize,
+}
+
 #[derive(Debug, Default)]
 struct Sent {
     times: Vec<Duration>,
@@ -99,10 +109,10 @@ impl Steady {
         })?;
         let socket = socket.context(what)?;
         let incoming = socket.try_clone().context(what)?;
-        let receiving = Arc::new(AtomicBool::new(true));
+        let ending = Arc::new(OnceLock::new());
         let (stop, stopped) = mpsc::channel();
         let start = Instant::now();
-        let worker = Arc::clone(&receiving);
+        let worker = Arc::clone(&ending);
         let receiver = thread::Builder::new()
             .name("steady-receive".to_owned())
             .spawn(move || receive(&incoming, target, start, &worker))
@@ -118,7 +128,7 @@ impl Steady {
                 }
             }
         })?;
-        Ok(Self { start, stop: Some(stop), receiving, sender: Some(sender), receiver: Some(receiver) })
+        Ok(Self { start, stop: Some(stop), ending, sender: Some(sender), receiver: Some(receiver) })
     }
 
     /// The moment that the report's times count from.
@@ -126,15 +136,21 @@ impl Steady {
         self.start
     }
 
-    /// Ends it, waits for late answers, and reports.
+    /// Ends it, waits until every request is answered or will not be, and reports.
     pub fn stop(mut self) -> SteadyReport {
-        self.finish()
+        self.finish(true)
     }
 
-    fn finish(&mut self) -> SteadyReport {
+    /// The same where requests without an answer are expected: they are not waited for.
+    pub fn stop_unanswered(mut self) -> SteadyReport {
+        self.finish(false)
+    }
+
+    fn finish(&mut self, all_answered: bool) -> SteadyReport {
         drop(self.stop.take());
         let sent = self.sender.take().map(Inside::join).unwrap_or_default();
-        self.receiving.store(false, Ordering::Relaxed);
+        let wanted = if all_answered { sent.times.len() } else { 0 };
+        self.ending.get_or_init(|| Ending { since: Instant::now(), wanted });
         let received = self.receiver.take().map(|thread| thread.join().unwrap_or_default()).unwrap_or_default();
         let samples = (0..).zip(sent.times).map(|(number, sent)| {
             let answer = received.answers.get(&number).map(|&(server, at)| (server, at.saturating_sub(sent)));
@@ -151,7 +167,7 @@ impl Steady {
 impl Drop for Steady {
     fn drop(&mut self) {
         if self.stop.is_some() {
-            self.finish();
+            self.finish(false);
         }
     }
 }
@@ -235,12 +251,19 @@ fn send_due(socket: &UdpSocket, target: SocketAddr, start: Instant, options: Ste
     }
 }
 
-fn receive(socket: &UdpSocket, target: SocketAddr, start: Instant, receiving: &AtomicBool) -> Received {
+impl Ending {
+    /// Is there nothing more to wait for, with so many requests answered?
+    fn is_reached(&self, answered: usize) -> bool {
+        let passed = self.since.elapsed();
+        passed >= LATE || passed >= TAIL && answered >= self.wanted
+    }
+}
+
+fn receive(socket: &UdpSocket, target: SocketAddr, start: Instant, ending: &OnceLock<Ending>) -> Received {
     let mut received = Received::default();
     let mut buffer = vec![0; usize::from(u16::MAX)];
-    let mut end = None;
     loop {
-        if !receiving.load(Ordering::Relaxed) && *end.get_or_insert_with(|| Instant::now() + TAIL) <= Instant::now() {
+        if ending.get().is_some_and(|ending| ending.is_reached(received.answers.len())) {
             return received;
         }
         let (len, from) = match socket.recv_from(&mut buffer) {

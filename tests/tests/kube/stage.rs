@@ -45,7 +45,19 @@ impl Stage {
         for object in documents("rbac.yaml").expect("deploy/rbac.yaml") {
             stage.create(&object);
         }
+        stage.wait_granted(&deployed_account(), "watch", "services");
         stage
+    }
+
+    /// The API server judges by copies of roles and bindings, which come a moment after it has taken the objects. A role has all
+    /// of its rights at once, so one tells of them all.
+    fn wait_granted(&self, account: &Account, verb: &str, resource: &str) {
+        let asked = json!({ "user": account.user(), "resourceAttributes": { "verb": verb, "resource": resource } });
+        let review = json!({
+            "apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "metadata": {}, "spec": asked,
+        });
+        let granted = || self.create(&review)["status"]["allowed"] == true;
+        Deadline::after(ARRIVES).until("the rights of the account", granted).expect("granted");
     }
 
     /// The API server makes namespaces and its own Service a moment after it is ready.

@@ -94,7 +94,7 @@ fn nothing_forbidden_passes_while_agents_die_and_policies_change() {
     a_while(&stage);
     let (mut sent, mut answered) = (0, 0);
     for sender in senders {
-        let report = sender.stop();
+        let report = sender.stop_unanswered();
         sent += report.sent();
         answered += report.answered();
     }
@@ -132,7 +132,7 @@ fn a_new_pod_is_isolated_from_its_first_instant() {
         stage.wait_endpoint(0, &pod, "held");
         stage.scenario.manifests().write(&PodObject::of(&pod).without_addresses()).expect("written");
         stage.wait_endpoint(0, &pod, "ingress, egress");
-        let sent = (inward.stop().sent(), outward.stop().sent());
+        let sent = (inward.stop_unanswered().sent(), outward.stop_unanswered().sent());
         arrived.push((server.answered(), stage.answered("z-b", 80) - before));
         assert!(sent.0 > 0 && sent.1 > 0, "{sent:?}");
     }

@@ -22,8 +22,11 @@ const HONEST: u8 = u8::MAX;
 /// The one port that the policy does not allow.
 const FORBIDDEN: u16 = 80;
 
-/// What the names of lies about the gateway's MAC end with.
-const FOR_THE_GATEWAY: &str = "for the gateway";
+/// The lies about the gateway's MAC.
+const ABOUT_THE_GATEWAY: [&str; 3] =
+    ["ARP reply for the gateway", "advertisement for the gateway", "solicitation from another"];
+/// Flags of an advertisement (RFC 4861 §4.4): Override. Without it nobody who knows a MAC takes another.
+const OVERRIDE: [u8; 4] = [0x20, 0, 0, 0];
 
 /// Frames of one kind, which the programs drop for one reason.
 struct Lie {
@@ -81,6 +84,14 @@ fn udp(src: u16, dst: u16) -> L4 {
 fn with(mut frame: Frame, change: impl FnOnce(&mut proxy_tests::packet::Ip)) -> Frame {
     change(frame.as_ip_mut().expect("IP"));
     frame
+}
+
+/// The ICMP message with these flags.
+fn with_flags(frame: Frame, flags: [u8; 4]) -> Frame {
+    with(frame, |packet| match &mut packet.l4 {
+        L4::Icmp(icmp) => icmp.rest = flags,
+        other => panic!("{other:?} is not ICMP"),
+    })
 }
 
 impl Link {
@@ -157,7 +168,7 @@ impl Link {
             |sender: (Mac, Ipv4Addr)| to_one(neighbour::arp(mac, 2, sender, v4(to.ip4()))),
             |src: Ipv6Addr, kind, target, option| to_one(link_message((mac, src), kind, Some(target), option)),
         );
-        let advertised = |target| nd(own6, kind::ADVERTISEMENT, target, Some((2, mac)));
+        let advertised = |target| with_flags(nd(own6, kind::ADVERTISEMENT, target, Some((2, mac))), OVERRIDE);
         let local = link_local(mac);
         vec![
             ("IPv4 source", "frame_source", forged(Family::V4)),
@@ -167,15 +178,11 @@ impl Link {
                 "frame_source",
                 macs.iter().flat_map(|&src| Family::BOTH.map(|family| Frame { src, ..plain(family) })).collect(),
             ),
-            ("ARP reply for the gateway", "frame_neighbour", vec![arp((mac, gateway4))]),
+            (ABOUT_THE_GATEWAY[0], "frame_neighbour", vec![arp((mac, gateway4))]),
             ("ARP with another MAC", "frame_neighbour", macs.iter().map(|&other| arp((other, own4))).collect()),
+            (ABOUT_THE_GATEWAY[1], "frame_neighbour", vec![advertised(gateway6), advertised(link_local(gateway))]),
             (
-                "advertisement for the gateway",
-                "frame_neighbour",
-                vec![advertised(gateway6), advertised(link_local(gateway))],
-            ),
-            (
-                "solicitation from another",
+                ABOUT_THE_GATEWAY[2],
                 "frame_source",
                 [gateway6, link_local(gateway), v6(to.ip6())]
                     .map(|src| nd(src, kind::SOLICITATION, v6(to.ip6()), Some((1, mac))))
@@ -293,6 +300,13 @@ fn neighbours(pods: &[Pod]) -> Neighbours {
     all
 }
 
+/// Has a pod send something to an address, and look for its MAC if it has none.
+fn speak_to(pod: &Pod, ip: IpAddr) {
+    let target = SocketAddr::new(ip, 9);
+    let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    pod.netns().run(|| UdpSocket::bind((any, 0))?.send_to(b"?", target)).expect("namespace").expect("sent");
+}
+
 /// Lets the others learn the gateway's MAC and the liar's, and gives what they know.
 fn learned(link: &Link) -> Neighbours {
     let mut wanted = Vec::new();
@@ -304,9 +318,7 @@ fn learned(link: &Link) -> Neighbours {
             (link.liar.ip6(), link.liar.mac()),
         ];
         for (ip, mac) in known {
-            let target = SocketAddr::new(ip, 9);
-            let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-            pod.netns().run(|| UdpSocket::bind((any, 0))?.send_to(b"?", target)).expect("namespace").expect("sent");
+            speak_to(pod, ip);
             wanted.push(((pod.name().to_owned(), ip.to_string()), mac.to_string()));
         }
     }
@@ -314,7 +326,7 @@ fn learned(link: &Link) -> Neighbours {
         let got = neighbours(&link.others);
         wanted.iter().all(|(who, mac)| got.get(who) == Some(mac))
     };
-    Deadline::secs(20).until("neighbours are known", all_known).expect("honest neighbours");
+    Deadline::secs(60).until("neighbours are known", all_known).expect("honest neighbours");
     wanted.into_iter().collect()
 }
 
@@ -390,12 +402,14 @@ fn told(stage: &Stage, link: &Link, lies: &[Lie], with_firsts: bool) -> Told {
 
 /// Says its lies about the gateway until both of the others have taken them for the truth.
 ///
-/// Once is not enough: for a second after a change a neighbour entry takes no other MAC from an ARP reply
-/// (`locktime`, net/ipv4/arp.c), and the gateway's own requests put the truth back at any time.
+/// Once is not enough. For a second after a change a neighbour entry takes no other MAC from an ARP reply (`locktime`,
+/// net/ipv4/arp.c), and none from an advertisement when it has failed (net/ipv6/ndisc.c); the gateway's own requests put the
+/// truth back at any time; and a liar that answers no probe is forgotten again. A solicitation is believed in every state of
+/// IPv6; an ARP reply needs an entry, which who has none makes by speaking to the gateway.
 fn believed(link: &Link, lies: &[Lie]) {
     let mouth = RawSocket::open(link.liar.netns(), "eth0").expect("socket");
     let about: Vec<&Frame> =
-        lies.iter().filter(|lie| lie.name.ends_with(FOR_THE_GATEWAY)).flat_map(|lie| &lie.frames).collect();
+        lies.iter().filter(|lie| ABOUT_THE_GATEWAY.contains(&lie.name)).flat_map(|lie| &lie.frames).collect();
     let liar = link.liar.mac().to_string();
     for (pod, gateway) in link.others.iter().flat_map(|pod| link.gateway.1.map(|ip| (pod, ip))) {
         let who = (pod.name().to_owned(), gateway.to_string());
@@ -403,9 +417,13 @@ fn believed(link: &Link, lies: &[Lie]) {
             for frame in &about {
                 mouth.send(&frame.build()).expect("sent");
             }
-            neighbours(&link.others).get(&who) == Some(&liar)
+            let known = neighbours(std::slice::from_ref(pod));
+            if !known.contains_key(&who) {
+                speak_to(pod, gateway);
+            }
+            known.get(&who) == Some(&liar)
         };
-        Deadline::secs(20).until(&format!("{who:?} is the liar"), taken).expect("a lie that is believed");
+        Deadline::secs(60).until(&format!("{who:?} is the liar"), taken).expect("a lie that is believed");
     }
 }
 

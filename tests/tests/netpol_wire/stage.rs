@@ -24,10 +24,11 @@ const NAMESPACES: [&str; 3] = ["x", "y", "z"];
 pub(crate) const PORTS: [u16; 2] = [80, 81];
 /// A Service's port for SCTP is this much more than the pod's: nobody listens, so that packets tell whether it was translated.
 pub(crate) const SCTP_PORTS: u16 = 1_000;
-/// How long a request waits when it is first made, and when it is made again.
-const PATIENCE: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(700)];
+/// How long a request waits when it is first made, and at most: twice as long each time that it is made again, because on a
+/// busy machine an answer may need it.
+const PATIENCE: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(4)];
 /// How long a policy may take to show, on a machine that is busy with other tests.
-const ARRIVES: Duration = Duration::from_secs(30);
+const ARRIVES: Duration = Duration::from_mins(1);
 
 /// The nodes at work. Dropped in this order: servers need their namespaces.
 pub(crate) struct Stage {
@@ -183,7 +184,7 @@ impl Stage {
                 wrong.push_str(&again);
                 break;
             }
-            patience = PATIENCE[1];
+            patience = (2 * patience).min(PATIENCE[1]);
         }
         let logs: Vec<_> = (0..NODES.len())
             .map(|node| {
