@@ -9,10 +9,10 @@ use proxy_abi::{DeviceEntry, FrontendKey, IpBytes, Proto};
 use serde_json::Value;
 
 use super::selection::{End, Who};
-use crate::ask::{Answer, Question, ask};
+use crate::ask::{Answer, PodInfo, Question, ask};
 use crate::dataplane::pins::Maps;
 
-/// A pod of this node.
+/// A pod: of this node, or one that the agent has told of.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodName {
     /// `namespace/name`; `None` where the CNI keeps no records.
@@ -21,6 +21,8 @@ pub struct PodName {
     pub ifindex: u32,
     /// Addresses.
     pub addresses: BTreeSet<IpAddr>,
+    /// It is on another node.
+    pub elsewhere: bool,
 }
 
 /// A backend of a Service.
@@ -136,7 +138,7 @@ impl Names {
                 self.veths.insert(ifindex);
                 let addresses = [address(entry.ip4), address(entry.ip6)].into_iter().flatten().collect();
                 self.gateways.extend([address(entry.gateway_ip4), address(entry.gateway_ip6)].into_iter().flatten());
-                self.pods.push(PodName { name: None, ifindex, addresses });
+                self.pods.push(PodName { ifindex, addresses, ..PodName::default() });
             }
         }
         Ok(())
@@ -148,7 +150,16 @@ impl Names {
         if let Some(pod) = known {
             pod.name = Some(name);
         } else {
-            self.pods.push(PodName { name: Some(name), ifindex: 0, addresses });
+            self.pods.push(PodName { name: Some(name), addresses, ..PodName::default() });
+        }
+    }
+
+    /// Names a pod that the agent has told of.
+    fn add_known(&mut self, pod: PodInfo) {
+        let (name, local) = (pod.name.clone(), pod.local);
+        self.add_pod(pod.name, pod.ips.into_iter().collect());
+        for pod in self.pods.iter_mut().filter(|pod| pod.name.as_ref() == Some(&name)) {
+            pod.elsewhere = !local;
         }
     }
 
@@ -173,7 +184,7 @@ impl Names {
         let unknown: Vec<String> = unknown.collect();
         if !unknown.is_empty() {
             for pod in asked(&Question::Pods { names: unknown, ips: Vec::new() }) {
-                self.add_pod(pod.name, pod.ips.into_iter().collect());
+                self.add_known(pod);
             }
         }
         for end in ends {
@@ -182,7 +193,7 @@ impl Names {
             let addresses = found.iter().flat_map(|pod| pod.ips.iter().copied()).collect();
             self.labelled.insert(label_text(&labels), addresses);
             for pod in found {
-                self.add_pod(pod.name, pod.ips.into_iter().collect());
+                self.add_known(pod);
             }
         }
         self.index();
@@ -333,7 +344,7 @@ pub(super) mod tests {
             names.interfaces.insert(ifindex, format!("veth{ifindex}"));
             names.veths.insert(ifindex);
             let addresses = addresses.map(ip).into();
-            names.pods.push(PodName { name: Some(name.to_owned()), ifindex, addresses });
+            names.pods.push(PodName { name: Some(name.to_owned()), ifindex, addresses, elsewhere: false });
         }
         names.index();
         names

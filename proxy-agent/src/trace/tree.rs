@@ -165,7 +165,10 @@ fn decided(decision: &Decision, leg: &Leg<'_>, offset: u64, names: &Names) -> Ro
     if told.service != 0 {
         let candidates = names.candidates.get(&told.service).copied().unwrap_or(0);
         let backend = names.backends.get(&told.backend).map_or_else(String::new, |backend| {
-            let pod = names.pod_at(backend.address.ip()).map(|pod| format!("  {}, on this node", names.pod_name(pod)));
+            let pod = names.pod_at(backend.address.ip()).map(|pod| {
+                let place = if pod.elsewhere { "another" } else { "this" };
+                format!("  {}, on {place} node", names.pod_name(pod))
+            });
             format!(" → {}{}", backend.address, pod.unwrap_or_default())
         });
         let one_of = if backend.is_empty() { String::new() } else { format!("  (1 of {candidates})") };

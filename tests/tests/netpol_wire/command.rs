@@ -1,6 +1,6 @@
 //! `explain`, `policy list`, `policy lint`, `endpoint list`: from the maps as they are, with and without the agent.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use proxy_tests::tracer::Tracer;
@@ -167,9 +167,9 @@ fn pods_are_followed_by_their_labels() {
     let everybody = json!({ "podSelector": {}, "policyTypes": ["Ingress"], "ingress": [{}] });
     stage.apply("x", "open", &everybody);
     stage.settle();
-    let asked = |stage: &Stage, from: &str| {
+    let asked = |stage: &Stage, from: &str, ip: IpAddr| {
         let netns = stage.scenario.netns(from).expect("namespace");
-        let target = SocketAddr::new(stage.ip("x-a", Family::V6), 80);
+        let target = SocketAddr::new(ip, 80);
         let answers = probe_all(&netns, &[(target, Transport::Tcp)], Duration::from_secs(10)).expect("asked");
         assert!(matches!(answers[0], Answer::From { .. }), "{from}: {answers:?}");
     };
@@ -184,10 +184,18 @@ fn pods_are_followed_by_their_labels() {
     };
     Deadline::secs(30).until("the label is known", follows).expect("followed");
     for from in ["y-b", "y-c", "x-c"] {
-        asked(&stage, from);
+        asked(&stage, from, stage.ip("x-a", Family::V6));
     }
     let traced = tracer.expect("a trace").finish(Duration::from_secs(40)).expect("an end");
     assert_eq!(traced.code, Some(0), "{} {}", traced.out, traced.err);
     let (packet, ends) = (traced.one("pkt"), |side: &str| traced.one("pkt")[side]["name"].clone());
     assert_eq!((ends("src_ref"), ends("dst_ref")), (json!("x-c"), json!("x-a")), "{packet}");
+
+    // A backend of another node is said to be there.
+    let words =
+        ["pod:x/x-a", "to", "label:pod=c,proxy-tests.io/kind=server", "--no-replies", "-c", "1", "--for", "60s"];
+    let tracer = Tracer::start(stage.scenario.node(0), &words).expect("a trace");
+    asked(&stage, "x-a", stage.vip("x-c", Family::V4));
+    let traced = tracer.finish(Duration::from_secs(90)).expect("an end");
+    assert!(traced.code == Some(0) && traced.out.contains("x/x-c, on another node"), "{} {}", traced.out, traced.err);
 }
