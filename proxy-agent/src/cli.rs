@@ -292,8 +292,9 @@ struct RunArgs {
     /// quarter of what memory gives for established flows (8 GiB: 65536).
     #[arg(long, value_parser = clap::value_parser!(u32).range(256..=16_777_216))]
     flow_brief_entries: Option<u32>,
-    /// Established flows through Services that one pod may have begun; further connections of it are refused. 0 for any
-    /// number. By default as many as fill half of the entries.
+    /// Established flows through Services that one pod may have begun; further connections of it are refused. Of direct ones
+    /// as many are kept from being evicted, and none is refused. 0 for any number. By default as many as fill half of the
+    /// entries.
     #[arg(long)]
     pod_flow_quota: Option<u32>,
     #[command(flatten)]

@@ -267,7 +267,8 @@ impl FlowEntry {
     pub const KEY_TRANSLATED: u16 = 8;
     /// The initiator is its own backend.
     pub const HAIRPIN: u16 = 16;
-    /// `flow_live` had no room when the flow was established; tried again once a second.
+    /// `flow_live` had no room when the flow was established, or its pod has its share of direct ones there; tried again once
+    /// a second.
     pub const NOT_PROMOTED: u16 = 32;
     /// Marks a key of `pod_flows`, which is an interface index else: it counts the direct flows of that pod.
     pub const DIRECT_OF: u32 = 1 << 31;
