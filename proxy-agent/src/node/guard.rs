@@ -130,7 +130,15 @@ impl Guard {
     /// Makes it what is wanted; `None` = there is to be none. Gives nothing when it is that already, or when that has failed
     /// just now.
     pub fn keep(&mut self, wanted: Option<Wanted>, now: Instant) -> Option<Result<(), GuardError>> {
-        let wanted = wanted.filter(|wanted| !wanted.bridges.is_empty()).map_or(Kept::Nothing, Kept::Table);
+        let wanted = match wanted {
+            // Which bridges are the pods' is known a moment after the start: until then what an agent before left stays.
+            Some(wanted) if wanted.bridges.is_empty() && self.kept == Kept::Unknown => {
+                self.failed = None;
+                return None;
+            }
+            Some(wanted) if !wanted.bridges.is_empty() => Kept::Table(wanted),
+            _ => Kept::Nothing,
+        };
         let has_failed = |(failed, again): &(Kept, Instant)| *failed == wanted && now < *again;
         if self.failed.as_ref().is_some_and(has_failed) {
             return None;
@@ -292,6 +300,13 @@ mod tests {
         assert_eq!(Wanted::of(&devices(4), names(&["veth1"])), wanted(None));
         assert_eq!(Wanted::of(&devices(6), names(&["veth1"])), wanted(Some("veth9")));
         assert_eq!(Wanted::of(&devices(0), BTreeSet::new()), Wanted::default());
+    }
+
+    #[test]
+    fn what_was_left_stays_until_the_bridges_are_known() {
+        let mut guard = Guard::default();
+        assert!(guard.keep(Some(Wanted::default()), Instant::now()).is_none(), "nft would have answered");
+        assert_eq!((guard.kept, guard.failed, guard.look_at), (Kept::Unknown, None, None));
     }
 
     #[test]
